@@ -1,0 +1,10 @@
+//! Images in memory: bodies in a slab, one index of names for each session, wait-lists under the same
+//! names. Nothing here knows whether a descriptor is ready.
+
+pub mod body;
+pub mod catalog;
+pub mod waits;
+
+pub use body::{BodyId, Bodies, Content};
+pub use catalog::{Catalog, Image};
+pub use waits::Waits;
