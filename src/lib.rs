@@ -5,6 +5,19 @@
 //! This is a library for the sake of its own tests and fuzzers; the program is `main.rs`, and what it
 //! promises stands in criu-relay(8) and criu-relay-protocol(7).
 
+#![forbid(unsafe_code)]
+
+pub mod cache;
+pub mod cli;
+pub mod client;
+pub mod daemon;
+pub mod net;
+pub mod peer;
+pub mod proxy;
+pub mod pump;
+pub mod reactor;
+pub mod session;
+pub mod sockets;
 pub mod store;
 pub mod table;
 pub mod wire;

@@ -94,10 +94,10 @@ impl Bodies {
         if body.holders > 0 {
             return;
         }
-        match self.bodies.remove(id).map(|body| (body.place, body.len)) {
-            Some((Place::Memfd(_), _)) => self.memfds -= 1,
-            Some((Place::Arena(slot), len)) => self.free_slot(slot, len),
-            Some((Place::Inline(_), _)) | None => {}
+        match self.bodies.remove(id).map(|body| body.place) {
+            Some(Place::Memfd(_)) => self.memfds -= 1,
+            Some(Place::Arena(slot)) => self.free_slot(slot),
+            Some(Place::Inline(_)) | None => {}
         }
     }
 
@@ -160,15 +160,17 @@ impl Bodies {
         })
     }
 
-    /// A copy of the first `len` bytes. Only for what is known to be small.
-    pub fn bytes(&self, id: BodyId, len: usize) -> io::Result<Vec<u8>> {
+    /// A copy of the bytes `from..to`. Only for what is known to be small.
+    pub fn range(&self, id: BodyId, from: u64, to: u64) -> io::Result<Vec<u8>> {
         let (file, start) = match self.content(id).ok_or_else(gone)? {
-            Content::Inline(bytes) => return Ok(bytes.get(..len).ok_or_else(gone)?.to_vec()),
-            Content::File(file, start) => (file, start),
+            Content::Inline(bytes) => {
+                return Ok(bytes.get(from as usize..to as usize).ok_or_else(gone)?.to_vec());
+            }
+            Content::File(file, start) => (file, start + from),
         };
-        let mut bytes = vec![0; len];
+        let mut bytes = vec![0; (to - from) as usize];
         let mut done = 0;
-        while done < len {
+        while done < bytes.len() {
             match pread(file, &mut bytes[done..], start + done as u64)? {
                 0 => return Err(gone()),
                 n => done += n,
@@ -226,12 +228,13 @@ impl Bodies {
         Ok(self.slots - 1)
     }
 
-    fn free_slot(&mut self, slot: u32, len: u64) {
+    fn free_slot(&mut self, slot: u32) {
         if let Some(arena) = &self.arena {
             let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = fallocate(arena, hole, slot_start(slot), len.max(1)) {
+            // The whole slot: what a failed append left behind the body's end goes too.
+            if let Err(error) = fallocate(arena, hole, slot_start(slot), ARENA_SLOT) {
                 // The memory comes back when the slot is used again.
-                log::warn!("freeing {len} bytes of the arena failed: {error}");
+                log::warn!("freeing a part of the arena failed: {error}");
             }
         }
         self.free_slots.push(slot);
@@ -291,7 +294,7 @@ mod tests {
             let expected = if bodies.len(id) as usize <= INLINE_MAX { "inline" } else { "memfd" };
             assert_eq!(place(&bodies, id), expected);
         }
-        assert_eq!(bodies.bytes(id, bytes.len()).unwrap(), bytes);
+        assert_eq!(bodies.range(id, 0, bytes.len() as u64).unwrap(), bytes);
     }
 
     #[test]
@@ -310,7 +313,7 @@ mod tests {
         let places: Vec<_> = ids.iter().map(|id| place(&bodies, *id)).collect();
         assert_eq!(places, ["memfd", "arena", "arena", "arena"]);
         for (id, content) in ids.iter().zip(&contents) {
-            assert_eq!(&bodies.bytes(*id, content.len()).unwrap(), content);
+            assert_eq!(&bodies.range(*id, 0, content.len() as u64).unwrap(), content);
         }
         // Freed places are used again, and the memfd's budget too.
         bodies.release(ids[0]);
@@ -320,8 +323,8 @@ mod tests {
         bodies.append(b, &contents[3]).unwrap();
         assert_eq!((place(&bodies, a), place(&bodies, b)), ("memfd", "arena"));
         assert_eq!(bodies.slots, 3);
-        assert_eq!(bodies.bytes(b, contents[3].len()).unwrap(), contents[3]);
-        assert_eq!(bodies.bytes(ids[3], contents[3].len()).unwrap(), contents[3]);
+        assert_eq!(bodies.range(b, 0, contents[3].len() as u64).unwrap(), contents[3]);
+        assert_eq!(bodies.range(ids[3], 0, contents[3].len() as u64).unwrap(), contents[3]);
     }
 
     #[test]
@@ -360,7 +363,7 @@ mod tests {
             bodies.truncate(id, len as u64);
             bodies.append(id, b"new").unwrap();
             let expected: Vec<u8> = bytes.iter().copied().chain(*b"new").collect();
-            assert_eq!(bodies.bytes(id, len + 3).unwrap(), expected);
+            assert_eq!(bodies.range(id, 0, (len + 3) as u64).unwrap(), expected);
         }
     }
 }

@@ -71,6 +71,11 @@ impl Catalog {
         self.bytes
     }
 
+    /// The names of all images, in no order.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.images.keys()
+    }
+
     /// All images in the order in which they became complete.
     pub fn in_order(&self) -> Vec<(&Key, Image)> {
         let mut all: Vec<_> = self.images.iter().map(|(key, image)| (key, *image)).collect();
@@ -104,10 +109,9 @@ impl Catalog {
     /// ids, its last one needs an inventory.img. (Old CRIU finishes a failed dump as it does a good one.)
     pub fn check_remote(&self, bodies: &Bodies) -> Result<(), String> {
         match self.last_snapshot(bodies) {
-            Some(id) if !self.images.contains_key(&Key::new(id.clone(), INVENTORY)) => Err(format!(
-                "the dump {} ended without a complete inventory.img",
-                id.escape_ascii()
-            )),
+            Some(id) if !self.images.contains_key(&Key::new(id.clone(), INVENTORY)) => {
+                Err(format!("the dump {} ended without a complete inventory.img", id.escape_ascii()))
+            }
             _ => Ok(()),
         }
     }
@@ -119,7 +123,7 @@ impl Catalog {
             if list.len > LIST_MAX {
                 return None;
             }
-            criu::decode_snapshot_ids(&bodies.bytes(list.body, list.len as usize).ok()?)?.pop()
+            criu::decode_snapshot_ids(&bodies.range(list.body, 0, list.len).ok()?)?.pop()
         };
         lists.filter_map(last).next()
     }
@@ -169,7 +173,7 @@ mod tests {
         bodies.hold(old.body);
         add(&mut catalog, &mut bodies, key.clone(), b"new");
         assert_eq!((catalog.len(), catalog.bytes()), (1, 3));
-        assert_eq!(bodies.bytes(old.body, 5).unwrap(), b"first", "a reader keeps what it began with");
+        assert_eq!(bodies.range(old.body, 0, 5).unwrap(), b"first", "a reader keeps what it began with");
         bodies.release(old.body);
         catalog.clear(&mut bodies);
         assert_eq!(bodies.count(), 0);

@@ -286,10 +286,7 @@ mod tests {
     #[test]
     fn a_missing_field_is_not_a_default() {
         let entry = LocalImageEntry { name: Some(b"a".to_vec()), snapshot_id: None, open_mode: Some(0) };
-        assert_eq!(
-            decode_request(&entry.encode_to_vec()),
-            Err(WireError::Malformed("local_image_entry"))
-        );
+        assert_eq!(decode_request(&entry.encode_to_vec()), Err(WireError::Malformed("local_image_entry")));
         assert!(decode_request(b"").is_err());
         assert!(decode_transfer(b"").is_err());
         assert!(decode_streamer_request(b"").is_err());
@@ -297,11 +294,8 @@ mod tests {
 
     #[test]
     fn transfers_come_back() {
-        let transfer = Transfer {
-            key: Key::new(*b"dir", *b"pages-1.img"),
-            mode: WriteMode::Append,
-            size: 5 << 32,
-        };
+        let transfer =
+            Transfer { key: Key::new(*b"dir", *b"pages-1.img"), mode: WriteMode::Append, size: 5 << 32 };
         let bytes = encode_transfer(&transfer);
         assert_eq!(decode_transfer(&bytes[frame::LENGTH..]), Ok(transfer));
     }

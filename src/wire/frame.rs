@@ -101,10 +101,7 @@ mod tests {
         let longest = object(&vec![1; MAX_BODY]);
         assert!(FrameReader::default().feed(&mut &longest[..]).unwrap().is_some());
         let over = object(&vec![1; MAX_BODY + 1]);
-        assert_eq!(
-            FrameReader::default().feed(&mut &over[..]),
-            Err(WireError::Length(MAX_BODY as u32 + 1))
-        );
+        assert_eq!(FrameReader::default().feed(&mut &over[..]), Err(WireError::Length(MAX_BODY as u32 + 1)));
         assert_eq!(FrameReader::default().feed(&mut &[0; 4][..]), Err(WireError::Length(0)));
         assert_eq!(FrameReader::default().feed(&mut &[0xff; 4][..]), Err(WireError::Length(u32::MAX)));
     }

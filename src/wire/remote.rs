@@ -28,9 +28,13 @@ pub struct Remote {
 enum State {
     Header(FrameReader),
     /// A writer's bytes; `pure` until the first of them has come: only then may a pipe.
-    Image { pure: bool },
-    /// A reader that may still ask for a pipe.
-    Reader,
+    Image {
+        pure: bool,
+    },
+    /// A reader; once it has its answer it may ask for a pipe.
+    Reader {
+        answered: bool,
+    },
     /// Nothing more belongs on this socket.
     Over,
 }
@@ -58,14 +62,16 @@ impl Remote {
             };
             let request = criu::decode_request(&body)?;
             self.state = match request {
-                Request::Read(_) => State::Reader,
+                Request::Read(_) => State::Reader { answered: false },
                 Request::Write(..) => State::Image { pure: true },
                 Request::Finish { .. } => State::Over,
             };
             fed.request = Some(request);
         }
         match (&mut self.state, descriptor) {
-            (State::Image { pure: true } | State::Reader, Some(pipe)) if input.len() == 1 => {
+            (State::Image { pure: true } | State::Reader { answered: true }, Some(pipe))
+                if input.len() == 1 =>
+            {
                 fed.pipe = Some(pipe);
                 self.state = State::Over;
             }
@@ -82,6 +88,13 @@ impl Remote {
             (_, None) => return Err(WireError::Unexpected("where it can only read")),
         }
         Ok(fed)
+    }
+
+    /// The reader has its answer: it may send a pipe now.
+    pub fn answered(&mut self) {
+        if let State::Reader { answered } = &mut self.state {
+            *answered = true;
+        }
     }
 
     /// Whether the header is still to come.
@@ -117,11 +130,13 @@ mod tests {
         for write in [Some(WriteMode::Truncate), None] {
             let mut glued = header(write);
             glued.push(0);
-            let fed_pipe = Remote::default().feed(&glued, Some(7)).unwrap().pipe;
-            assert_eq!(fed_pipe, Some(7));
+            let fed = Remote::default().feed(&glued, Some(7));
+            // A reader's pipe follows the answer.
+            assert_eq!(fed.ok().and_then(|fed| fed.pipe), write.map(|_| 7));
 
             let mut remote = Remote::default();
             assert!(remote.feed::<u8>(&header(write), None).unwrap().request.is_some());
+            remote.answered();
             let fed = remote.feed(b"\0", Some(7)).unwrap();
             assert_eq!((fed.data, fed.pipe), (&b""[..], Some(7)), "its byte is not image data");
         }

@@ -118,6 +118,15 @@ impl Serve {
         *self = if exists { Self::Pipe } else { Self::default() };
     }
 
+    /// Whether the client owes the rest of something it has begun.
+    pub fn is_waiting(&self) -> bool {
+        match self {
+            Self::Request(reader) => !reader.is_empty(),
+            Self::Answer => false,
+            Self::Pipe => true,
+        }
+    }
+
     /// Whether the client is between two requests.
     pub fn is_idle(&self) -> bool {
         matches!(self, Self::Request(reader) if reader.is_empty())

@@ -1,0 +1,16 @@
+//! CRIU's connections: one state machine for each kind, stepped by its role.
+
+pub mod fence;
+pub mod listener;
+pub mod remote;
+pub mod stream;
+
+use std::time::Duration;
+
+/// How long a client may take for its header, from its first moment in the remote dialect and from the
+/// header's first byte in the stream dialect. CRIU sends it in one go.
+pub const HEADER_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a connection of the stream dialect may stay silent before its first request: CRIU connects
+/// early and freezes, and runs its operator's scripts, before it asks for anything.
+pub const SILENCE_LIMIT: Duration = Duration::from_secs(600);

@@ -1,0 +1,316 @@
+//! One client of the remote dialect: a connection to img-proxy.sock or img-cache.sock, or the pipe that
+//! took its place.
+//!
+//! Theory of operation. A client sends a header; its role decides when the operation may start. A writer's
+//! bytes then go to a body until its end of file. A reader gets its answer and the image; when all is sent
+//! our half is shut down, not closed, since a CRIU of May 2020 may yet send a pipe and expect everything
+//! there, from the first byte. The connection is over when the client closes it.
+//!
+//! Owns the socket or the pipe; dropped by the role when the step says it is over. The body named by
+//! [`RemoteClient::body`] is held for it, and released by the role.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use mio::Interest;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
+
+use super::HEADER_LIMIT;
+use crate::net::{self, PipeEnd, Received};
+use crate::pump::{self, FillError, Flow, Inflow, Outflow};
+use crate::reactor::Pollable;
+use crate::store::{Bodies, BodyId, Image};
+use crate::wire::criu::{self, Request};
+use crate::wire::frame::{LENGTH, MAX_BODY};
+use crate::wire::remote::Remote;
+use crate::wire::{Key, WireError};
+
+/// A client of the remote dialect.
+#[derive(Debug)]
+pub struct RemoteClient {
+    fd: OwnedFd,
+    // Whether `fd` is the pipe by now.
+    piped: bool,
+    wire: Remote,
+    state: State,
+    order: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The header is to come.
+    Header { until: Instant },
+    /// The operation waits for its turn. What came glued to a writer's header is kept.
+    Queued { request: Request, early: Vec<u8> },
+    /// The image is being written.
+    Writing(Inflow),
+    /// The image is being read; when all is `sent` the client may close, or send a pipe.
+    Reading { out: Outflow, sent: bool },
+}
+
+/// How a step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// An event will come.
+    Wait,
+    /// The turn is used up.
+    Again,
+    /// The header is complete: [`RemoteClient::request`].
+    Requested,
+    /// The writer has reached its end of file: [`RemoteClient::written`].
+    Written,
+    /// A reader has gone, with or without all of its image.
+    Over,
+}
+
+impl RemoteClient {
+    /// A connection just accepted, as number `order` of all that were.
+    pub fn new(fd: OwnedFd, order: u64, now: Instant) -> Self {
+        let state = State::Header { until: now + HEADER_LIMIT };
+        Self { fd, piped: false, wire: Remote::default(), state, order }
+    }
+
+    /// Its place among all accepted connections.
+    pub fn order(&self) -> u64 {
+        self.order
+    }
+
+    /// What it asks for, once it has and until it has begun.
+    pub fn request(&self) -> Option<&Request> {
+        match &self.state {
+            State::Queued { request, .. } => Some(request),
+            _ => None,
+        }
+    }
+
+    /// The body that is held for it.
+    pub fn body(&self) -> Option<BodyId> {
+        match &self.state {
+            State::Writing(inflow) => Some(inflow.body),
+            State::Reading { out, .. } => Some(out.body),
+            State::Header { .. } | State::Queued { .. } => None,
+        }
+    }
+
+    /// The image that it is writing.
+    pub fn writing(&self) -> Option<&Inflow> {
+        match &self.state {
+            State::Writing(inflow) => Some(inflow),
+            _ => None,
+        }
+    }
+
+    /// Whether bytes of an image are still to be sent.
+    pub fn is_reading(&self) -> bool {
+        matches!(self.state, State::Reading { sent: false, .. })
+    }
+
+    /// The image that it asks for, or writes or reads; for the log.
+    pub fn key(&self) -> Option<&Key> {
+        match &self.state {
+            State::Queued { request: Request::Read(key) | Request::Write(key, _), .. } => Some(key),
+            State::Writing(inflow) => Some(&inflow.key),
+            State::Reading { out, .. } => Some(&out.key),
+            _ => None,
+        }
+    }
+
+    /// Begins to write: `body` is held for it and has `start` bytes. Fails when what came with the header
+    /// can't be stored.
+    pub fn start_write(
+        &mut self,
+        key: Key,
+        body: BodyId,
+        start: u64,
+        bodies: &mut Bodies,
+    ) -> Result<(), String> {
+        let state = State::Writing(Inflow { key, body, start });
+        if let State::Queued { early, .. } = std::mem::replace(&mut self.state, state)
+            && !early.is_empty()
+        {
+            bodies.append(body, &early).map_err(no_memory)?;
+        }
+        Ok(())
+    }
+
+    /// Begins to read `image`, of which the caller has taken a hold for this client.
+    pub fn start_read(&mut self, key: Key, image: Image) -> Result<(), String> {
+        let out = Outflow { key, body: image.body, at: 0, end: image.len };
+        self.state = State::Reading { out, sent: false };
+        self.answer(0)
+    }
+
+    /// Answers with an errno, or 0. The client is over then, unless its image follows.
+    pub fn answer(&mut self, errno: u32) -> Result<(), String> {
+        self.wire.answered();
+        let reply = criu::encode_reply(errno);
+        // The first bytes on this socket: there is room for them.
+        match send(&self.fd, &reply, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(n) if n == reply.len() => Ok(()),
+            Ok(_) => Err("could not take a whole answer".into()),
+            Err(error) => Err(format!("could not be answered: {error}")),
+        }
+    }
+
+    /// Goes on. `draining`: whether a writer's bytes may be taken now. The error is the second half
+    /// of a sentence.
+    pub fn step(&mut self, bodies: &mut Bodies, block: &mut [u8], draining: bool) -> Result<Step, String> {
+        match &mut self.state {
+            State::Header { .. } => self.read_header(block),
+            State::Queued { request: Request::Write(..), .. } => Ok(Step::Wait),
+            State::Queued { .. } => match net::is_hung_up(self.fd.as_fd()) {
+                true => Ok(Step::Over),
+                false => Ok(Step::Wait),
+            },
+            State::Writing(_) if !draining => Ok(Step::Wait),
+            State::Writing(inflow) if self.piped => {
+                match pump::fill(self.fd.as_fd(), bodies, inflow.body, block) {
+                    Ok(Flow::Wait) => Ok(Step::Wait),
+                    Ok(Flow::Again) => Ok(Step::Again),
+                    Ok(Flow::End) => Ok(Step::Written),
+                    Err(FillError::Read(error)) => Err(format!("could not be read from: {error}")),
+                    Err(FillError::Store(error)) => Err(no_memory(error)),
+                }
+            }
+            State::Writing(_) => self.write_from_socket(bodies, block),
+            State::Reading { .. } => self.read_image(bodies, block),
+        }
+    }
+
+    /// Ends a writer that has reached its end of file.
+    pub fn written(self) -> Option<Inflow> {
+        match self.state {
+            State::Writing(inflow) => Some(inflow),
+            _ => None,
+        }
+    }
+
+    fn read_header(&mut self, block: &mut [u8]) -> Result<Step, String> {
+        loop {
+            // Not more than a header and a little: the rest stays in the socket until its turn.
+            let input = &mut block[..LENGTH + MAX_BODY];
+            let (n, descriptor) = match net::receive(self.fd.as_fd(), input) {
+                Ok(Received::Bytes(n, descriptor)) => (n, descriptor),
+                Ok(Received::Wait) => return Ok(Step::Wait),
+                Ok(Received::End) => return Err(WireError::Truncated("its header").to_string()),
+                Ok(Received::TooManyDescriptors) => return Err(TOO_MANY.into()),
+                Err(error) => return Err(format!("could not be read from: {error}")),
+            };
+            let fed = self.wire.feed(&input[..n], descriptor).map_err(|error| error.to_string())?;
+            let Some(request) = fed.request else { continue };
+            self.state = State::Queued { request, early: fed.data.to_vec() };
+            if let Some(pipe) = fed.pipe {
+                self.change_to(pipe, PipeEnd::Read)?;
+            }
+            return Ok(Step::Requested);
+        }
+    }
+
+    fn write_from_socket(&mut self, bodies: &mut Bodies, block: &mut [u8]) -> Result<Step, String> {
+        let State::Writing(inflow) = &self.state else { return Ok(Step::Wait) };
+        let mut moved = 0;
+        while moved < pump::TURN {
+            let (n, descriptor) = match net::receive(self.fd.as_fd(), block) {
+                Ok(Received::Bytes(n, descriptor)) => (n, descriptor),
+                Ok(Received::Wait) => return Ok(Step::Wait),
+                Ok(Received::End) => return Ok(Step::Written),
+                Ok(Received::TooManyDescriptors) => return Err(TOO_MANY.into()),
+                Err(error) => return Err(format!("could not be read from: {error}")),
+            };
+            let fed = self.wire.feed(&block[..n], descriptor).map_err(|error| error.to_string())?;
+            if let Some(pipe) = fed.pipe {
+                self.change_to(pipe, PipeEnd::Read)?;
+                return Ok(Step::Again);
+            }
+            bodies.append(inflow.body, fed.data).map_err(no_memory)?;
+            moved += n;
+        }
+        Ok(Step::Again)
+    }
+
+    fn read_image(&mut self, bodies: &Bodies, block: &mut [u8]) -> Result<Step, String> {
+        if !self.piped {
+            match net::receive(self.fd.as_fd(), block) {
+                Ok(Received::Bytes(n, descriptor)) => {
+                    let fed = self.wire.feed(&block[..n], descriptor).map_err(|error| error.to_string())?;
+                    if let Some(pipe) = fed.pipe {
+                        self.change_to(pipe, PipeEnd::Write)?;
+                        if let State::Reading { out, sent } = &mut self.state {
+                            (out.at, *sent) = (0, false);
+                        }
+                        return Ok(Step::Again);
+                    }
+                }
+                Ok(Received::TooManyDescriptors) => return Err(TOO_MANY.into()),
+                Ok(Received::Wait) => {}
+                // A reader may have shut its own half; whether it still reads, writing tells.
+                Ok(Received::End) if self.is_reading() => {}
+                // Reset: it closed before it had read everything.
+                Ok(Received::End) | Err(_) => return Ok(Step::Over),
+            }
+        }
+        let State::Reading { out, sent: sent @ false } = &mut self.state else { return Ok(Step::Wait) };
+        match pump::drain(bodies, out, self.fd.as_fd()) {
+            Ok(Flow::Wait) => Ok(Step::Wait),
+            Ok(Flow::Again) => Ok(Step::Again),
+            Ok(Flow::End) if self.piped => Ok(Step::Over),
+            Ok(Flow::End) => {
+                // All that can fail here is that it has closed: the next step sees it.
+                let _ = shutdown(&self.fd, Shutdown::Write);
+                *sent = true;
+                Ok(Step::Again)
+            }
+            // It closed early; that is its right.
+            Err(error) if closed_early(&error) && self.piped => Ok(Step::Over),
+            // On a socket a pipe may have come at the same time: the next step looks.
+            Err(error) if closed_early(&error) => {
+                *sent = true;
+                Ok(Step::Again)
+            }
+            Err(error) => Err(format!("could not be written to: {error}")),
+        }
+    }
+
+    fn change_to(&mut self, pipe: OwnedFd, end: PipeEnd) -> Result<(), String> {
+        self.fd = net::adopt_pipe(pipe, end)?;
+        self.piped = true;
+        Ok(())
+    }
+}
+
+const TOO_MANY: &str = "sent more than one descriptor";
+
+fn no_memory(error: std::io::Error) -> String {
+    format!("could not be stored: {error}")
+}
+
+/// Whether a write failed because the reader has closed.
+pub fn closed_early(error: &std::io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::PIPE | Errno::CONNRESET))
+}
+
+impl Pollable for RemoteClient {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn interest(&self) -> Option<Interest> {
+        match &self.state {
+            State::Header { .. } | State::Writing(_) => Some(Interest::READABLE),
+            // A waiting writer's bytes and end keep; a waiting reader that goes away is to be seen.
+            State::Queued { request: Request::Write(..), .. } => None,
+            State::Queued { .. } => Some(Interest::READABLE),
+            State::Reading { .. } if self.piped => Some(Interest::WRITABLE),
+            State::Reading { sent: true, .. } => Some(Interest::READABLE),
+            State::Reading { sent: false, .. } => Some(Interest::READABLE | Interest::WRITABLE),
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Header { until } => Some(until),
+            _ => None,
+        }
+    }
+}

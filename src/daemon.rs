@@ -1,0 +1,231 @@
+//! From a command line to a running role, and back to an exit status.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use log::LevelFilter;
+use rustix::fs::Mode;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+
+use crate::cli::{BACKGROUND, Options, Verb};
+use crate::peer::dialer::Dialer;
+use crate::reactor::{Exit, Reactor};
+use crate::session::Dialect;
+use crate::sockets::{self, Sockets};
+use crate::{cache, proxy};
+
+/// Descriptors kept back for what is neither a body nor a connection: the log, the poll, a descriptor that
+/// is just being received.
+const RESERVE: u64 = 64;
+
+/// Runs the daemon to its end. The error is a sentence.
+pub fn run(options: &Options) -> Result<Exit, String> {
+    if options.daemon && !options.background {
+        return launch(options);
+    }
+    // Before anything is opened: nobody else reads what we make, nobody traces us, and the inherited
+    // numbers are not taken by files of ours.
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(|error| format!("PR_SET_DUMPABLE can't be switched off: {error}"))?;
+    let link = options.ps_socket.map(sockets::adopt_connection).transpose()?;
+    let status = options.status_fd.map(sockets::adopt).transpose()?.map(File::from);
+    if options.background {
+        rustix::process::setsid().map_err(|error| format!("setsid failed: {error}"))?;
+    }
+    sockets::check_dir(&options.work_dir)?;
+    start_log(options)?;
+
+    let result = serve(options, link, status);
+    if let Err(why) = &result
+        && log_path(options).is_some()
+    {
+        log::error!("{why}");
+    }
+    result
+}
+
+fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Result<Exit, String> {
+    let (max_memfds, max_conns) = raise_descriptor_limit();
+    let reactor = Reactor::new().map_err(|error| format!("the poll loop can't be made: {error}"))?;
+    // A failure from here on leaves no socket behind: `files` removes them.
+    let mut files = Sockets::default();
+    let (remote, stream) = match options.verb {
+        Verb::Proxy => ("img-proxy.sock", "streamer-capture.sock"),
+        Verb::Cache => ("img-cache.sock", "streamer-serve.sock"),
+    };
+    let mut remote_dirs = options.images_dirs.clone();
+    remote_dirs.push(options.work_dir.clone());
+    let listeners = vec![
+        (files.place(&remote_dirs, remote)?, Dialect::Remote),
+        (files.place(&options.images_dirs, stream)?, Dialect::Stream),
+    ];
+    let wrong = |error: io::Error| format!("{} can't be started: {error}", options.verb.name());
+    let exit = match options.verb {
+        Verb::Proxy => {
+            let reach = match link {
+                Some(fd) => proxy::Reach::Inherited(fd),
+                None => {
+                    let addresses = sockets::resolve(&options.address, options.port)?;
+                    proxy::Reach::Dial(Dialer::new(addresses, options.connect_timeout))
+                }
+            };
+            let setup = proxy::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
+            let mut role = proxy::Proxy::new(&reactor, setup).map_err(wrong)?;
+            let _pidfile = ready(options, None, status)?;
+            reactor.run(&mut role)
+        }
+        Verb::Cache => {
+            let (reach, port) = match link {
+                Some(fd) => (cache::Reach::Inherited(fd), None),
+                None => {
+                    let (fd, bound) = listen(options)?;
+                    log::info!("listening at {bound}");
+                    let port = (options.port == 0).then(|| format!("{bound}\n"));
+                    (cache::Reach::Listen(fd, options.allow_peer.clone()), port)
+                }
+            };
+            let setup = cache::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
+            let mut role = cache::Cache::new(&reactor, setup).map_err(wrong)?;
+            let _pidfile = ready(options, port, status)?;
+            reactor.run(&mut role)
+        }
+    };
+    exit.map_err(|error| format!("the poll loop failed: {error}"))
+}
+
+fn listen(options: &Options) -> Result<(OwnedFd, std::net::SocketAddr), String> {
+    let addresses = sockets::resolve(&options.address, options.port)?;
+    if options.allow_peer.is_empty()
+        && let Some(far) = addresses.iter().find(|address| !address.ip().to_canonical().is_loopback())
+    {
+        return Err(format!(
+            "listening at {far}, beyond loopback, needs --allow-peer ADDRESS[/PREFIX] (or --allow-peer any): \
+             whoever connects there can hand a process to this host, in plain text"
+        ));
+    }
+    sockets::listen_tcp(&addresses)
+}
+
+// Tells everybody who waits for it that CRIU and the peer can connect. Returns what removes the pid file.
+fn ready(options: &Options, port: Option<String>, status: Option<File>) -> Result<Pidfile, String> {
+    let pidfile = Pidfile::write(options)?;
+    let mut out = port.unwrap_or_default().into_bytes();
+    if options.background {
+        out.push(0);
+    }
+    let told = io::stdout().write_all(&out).and_then(|()| io::stdout().flush());
+    told.map_err(|error| format!("stdout can't be written to: {error}"))?;
+    if options.background {
+        let null = File::options().write(true).open("/dev/null");
+        let done = null.and_then(|null| Ok(rustix::stdio::dup2_stdout(null)?));
+        done.map_err(|error| format!("stdout can't be closed: {error}"))?;
+    }
+    if let Some(mut status) = status {
+        let told = status.write_all(&[0]);
+        told.map_err(|error| format!("the descriptor of --status-fd can't be written to: {error}"))?;
+    }
+    let dirs: Vec<_> = options.images_dirs.iter().map(|dir| dir.display().to_string()).collect();
+    log::info!("{} {} is ready in {}", options.verb.name(), std::process::id(), dirs.join(", "));
+    Ok(pidfile)
+}
+
+/// The pid file, removed when dropped.
+struct Pidfile(Option<PathBuf>);
+
+impl Pidfile {
+    fn write(options: &Options) -> Result<Self, String> {
+        let Some(path) = &options.pidfile else { return Ok(Self(None)) };
+        let path = options.work_dir.join(path);
+        fs::write(&path, format!("{}\n", std::process::id()))
+            .map_err(|error| format!("the pid file {}: {error}", path.display()))?;
+        Ok(Self(Some(path)))
+    }
+}
+
+impl Drop for Pidfile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = fs::remove_file(path)
+        {
+            log::warn!("the pid file {} can't be removed: {error}", path.display());
+        }
+    }
+}
+
+// The descriptors that bodies may take, and those that connections may take.
+fn raise_descriptor_limit() -> (usize, usize) {
+    let before = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: before.maximum, maximum: before.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::warn!("RLIMIT_NOFILE can't be raised: {error}");
+    }
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+    let memfds = limit / 4;
+    let conns = limit - memfds - RESERVE.min(limit / 4);
+    log::info!(
+        "RLIMIT_NOFILE is {limit}: {conns} connections and pipes at a time, {memfds} large images with a file of \
+         their own"
+    );
+    (memfds as usize, conns as usize)
+}
+
+fn log_path(options: &Options) -> Option<PathBuf> {
+    match &options.log_file {
+        Some(file) => Some(options.work_dir.join(file)),
+        // In the background there is nobody to read stderr.
+        None if options.background => {
+            Some(options.work_dir.join(format!("criu-relay-{}.log", options.verb.name())))
+        }
+        None => None,
+    }
+}
+
+fn start_log(options: &Options) -> Result<(), String> {
+    if let Some(path) = log_path(options) {
+        let redirected = open_log(&path).and_then(|file| Ok(rustix::stdio::dup2_stderr(file)?));
+        redirected.map_err(|error| format!("the log file {}: {error}", path.display()))?;
+    }
+    let level = match options.verbosity {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        2 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    };
+    let logger = simple_logger::SimpleLogger::new().with_level(level);
+    // mio has nothing to say about a dump.
+    let logger = logger.with_module_level("mio", LevelFilter::Off);
+    logger.init().map_err(|error| format!("the log can't be started: {error}"))
+}
+
+fn open_log(path: &Path) -> io::Result<File> {
+    File::options().create(true).append(true).open(path)
+}
+
+// Starts ourselves anew in the background, and waits until that process is ready.
+fn launch(options: &Options) -> Result<Exit, String> {
+    let wrong = |error: io::Error| format!("the background process can't be started: {error}");
+    let mut child = Command::new("/proc/self/exe")
+        .args(std::env::args_os().skip(1))
+        .arg(format!("--{BACKGROUND}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(wrong)?;
+    let mut said = Vec::new();
+    if let Some(mut out) = child.stdout.take() {
+        // What is for stdout, a NUL, and the end; or only the end.
+        out.read_to_end(&mut said).map_err(wrong)?;
+    }
+    if said.pop() == Some(0) {
+        io::stdout().write_all(&said).map_err(wrong)?;
+        return Ok(Exit::Done);
+    }
+    let status = child.wait().map_err(wrong)?;
+    let log = PathBuf::from(format!("criu-relay-{}.log", options.verb.name()));
+    let log = options.work_dir.join(options.log_file.as_ref().unwrap_or(&log));
+    Err(format!("the background process has ended before it was ready ({status}): see {}", log.display()))
+}

@@ -1,0 +1,154 @@
+//! System calls on sockets and pipes, as the rest needs them. It owns nothing.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketFlags,
+    SocketType, recv, recvmsg, socket_with, sockopt,
+};
+
+/// What the pipes of CRIU are enlarged to, in bytes. CRIU gives them 64 KiB; an unprivileged user may
+/// have this much too; CRIU has trouble with more than 4 MiB.
+pub const PIPE_SIZE: usize = 1 << 20;
+
+/// Flags of every socket made or accepted here.
+pub const SOCKET: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC);
+
+/// What a receive on a UNIX socket brought.
+#[derive(Debug)]
+pub enum Received {
+    /// So many bytes, the last of which carried the descriptor.
+    Bytes(usize, Option<OwnedFd>),
+    /// More descriptors than any message of CRIU has; they are closed.
+    TooManyDescriptors,
+    /// The peer will send nothing more.
+    End,
+    /// Nothing is here now.
+    Wait,
+}
+
+/// Receives with room for descriptors. A plain read(2) would lose them.
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let got = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
+            Ok(got) => break got,
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(Received::Wait),
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
+        }
+    }
+    if descriptors.len() > 1 || got.flags.contains(ReturnFlags::CTRUNC) {
+        return Ok(Received::TooManyDescriptors);
+    }
+    match got.bytes {
+        0 => Ok(Received::End),
+        n => Ok(Received::Bytes(n, descriptors.pop())),
+    }
+}
+
+/// Looks at what is there without taking it.
+pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    match recv(socket, buffer, RecvFlags::DONTWAIT | RecvFlags::PEEK) {
+        Ok((_, 0)) => Ok(Received::End),
+        Ok((_, n)) => Ok(Received::Bytes(n, None)),
+        Err(Errno::AGAIN | Errno::INTR) => Ok(Received::Wait),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether whoever is on the other side has closed: for states in which nothing may be read.
+pub fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
+    matches!(peek(socket, &mut [0; 1]), Ok(Received::End) | Err(_))
+}
+
+/// Which end of a pipe a descriptor has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PipeEnd {
+    /// CRIU writes, we read.
+    Read,
+    /// We write, CRIU reads.
+    Write,
+}
+
+/// Checks that a received descriptor is that end of a pipe, and makes it non-blocking and as large as
+/// allowed. The error is the second half of a sentence. (Non-blocking is a property of the open file, but
+/// the two ends of a pipe are two of them: CRIU's end is untouched.)
+pub fn adopt_pipe(fd: OwnedFd, end: PipeEnd) -> Result<OwnedFd, String> {
+    let broken = |error: Errno| format!("sent a descriptor that is no use: {error}");
+    let kind = FileType::from_raw_mode(fstat(&fd).map_err(broken)?.st_mode);
+    if kind != FileType::Fifo {
+        return Err(format!("sent a descriptor that is no pipe ({kind:?})"));
+    }
+    let flags = fcntl_getfl(&fd).map_err(broken)?;
+    let access = flags & OFlags::ACCMODE;
+    let wrong = match end {
+        PipeEnd::Read => OFlags::WRONLY,
+        PipeEnd::Write => OFlags::RDONLY,
+    };
+    if access == wrong {
+        return Err("sent the wrong end of a pipe".into());
+    }
+    fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(broken)?;
+    // Refused where the user's pipes are many: it works with 64 KiB too.
+    if let Err(error) = rustix::pipe::fcntl_setpipe_size(&fd, PIPE_SIZE) {
+        log::trace!("a pipe keeps its size: {error}");
+    }
+    Ok(fd)
+}
+
+/// Whether a client of a UNIX socket is root or our own user; its user id otherwise. Its process id may
+/// be 0: it may live in a PID namespace that is not visible from here.
+pub fn check_user(socket: &OwnedFd) -> Result<(), String> {
+    let credentials =
+        getsockopt(socket, PeerCredentials).map_err(|error| format!("SO_PEERCRED failed: {error}"))?;
+    let ours = rustix::process::geteuid().as_raw();
+    match credentials.uid() {
+        0 => Ok(()),
+        uid if uid == ours => Ok(()),
+        uid => Err(format!("user {uid} may not connect here (only root and user {ours} may)")),
+    }
+}
+
+/// A non-blocking TCP socket for `address`.
+pub fn tcp_socket(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    Ok(socket_with(family, SocketType::STREAM, SOCKET, None)?)
+}
+
+/// Sets up an established link. Nothing waits to be filled up (a header is a message of its own); a peer
+/// whose host has vanished is found in 10 + 3 x 5 s. An inherited socket may be of another family, to
+/// which none of this applies.
+pub fn tune_link(link: impl AsFd) {
+    let link = link.as_fd();
+    let tuned = sockopt::set_tcp_nodelay(link, true)
+        .and_then(|()| sockopt::set_socket_keepalive(link, true))
+        .and_then(|()| sockopt::set_tcp_keepidle(link, Duration::from_secs(10)))
+        .and_then(|()| sockopt::set_tcp_keepintvl(link, Duration::from_secs(5)))
+        .and_then(|()| sockopt::set_tcp_keepcnt(link, 3));
+    if let Err(error) = tuned {
+        log::debug!("the link keeps its default options: {error}");
+    }
+}
+
+/// Closes `link` with a reset, so that its peer sees a failure and not an end.
+pub fn reset(link: OwnedFd) {
+    if let Err(error) = sockopt::set_socket_linger(&link, Some(Duration::ZERO)) {
+        log::warn!("the link can't be reset, its peer may take the end for a good one: {error}");
+    }
+}

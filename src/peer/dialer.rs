@@ -1,0 +1,159 @@
+//! Whom to connect to, and when: every address that the peer's name has, in turn, again and again, for
+//! as long as the session allows. Pure: the clock comes in as an argument.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// How long one address has for an answer before the next is tried.
+pub const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// The pause after every address has failed.
+pub const PAUSE: Duration = Duration::from_millis(200);
+
+/// A link lost within this time after it was made counts as none: somebody accepts and closes.
+const FLAP: Duration = Duration::from_secs(1);
+
+/// The search for a link.
+#[derive(Debug)]
+pub struct Dialer {
+    addresses: Vec<SocketAddr>,
+    next: usize,
+    window: Duration,
+    searching: bool,
+    // When the next attempt may begin; None: one is under way.
+    attempt_at: Option<Instant>,
+    // When the search is given up; None: never.
+    until: Option<Instant>,
+    // When the last search succeeded.
+    linked_at: Option<Instant>,
+    last_error: String,
+}
+
+impl Dialer {
+    /// A search among `addresses` (at least one), each time for `window`.
+    pub fn new(addresses: Vec<SocketAddr>, window: Duration) -> Self {
+        Self {
+            addresses,
+            next: 0,
+            window,
+            searching: false,
+            attempt_at: None,
+            until: None,
+            linked_at: None,
+            last_error: String::new(),
+        }
+    }
+
+    /// Begins to search, `for_ever` or for the window's time. A link that was lost as soon as it stood
+    /// does not begin the window anew.
+    pub fn start(&mut self, now: Instant, for_ever: bool) {
+        let flaps = self.linked_at.is_some_and(|at| now < at + FLAP);
+        self.searching = true;
+        self.attempt_at = Some(if flaps { now + FLAP } else { now });
+        if for_ever || !flaps {
+            self.limit(now, for_ever);
+        }
+    }
+
+    /// From now on there is no end to the search, or one when the window has passed.
+    pub fn limit(&mut self, now: Instant, for_ever: bool) {
+        self.until = (!for_ever).then(|| now + self.window);
+    }
+
+    /// The address to try now, if an attempt is due.
+    pub fn due(&mut self, now: Instant) -> Option<SocketAddr> {
+        self.attempt_at.filter(|at| self.searching && *at <= now)?;
+        self.attempt_at = None;
+        self.addresses.get(self.next).copied()
+    }
+
+    /// The attempt failed.
+    pub fn failed(&mut self, now: Instant, error: String) {
+        self.last_error = error;
+        self.next = (self.next + 1) % self.addresses.len().max(1);
+        self.attempt_at = Some(if self.next == 0 { now + PAUSE } else { now });
+    }
+
+    /// The attempt succeeded: the search is over.
+    pub fn succeeded(&mut self, now: Instant) {
+        self.next = 0;
+        self.searching = false;
+        self.linked_at = Some(now);
+    }
+
+    /// Whether the time for the search is up; told once.
+    pub fn gave_up(&mut self, now: Instant) -> bool {
+        let up = self.searching && self.until.is_some_and(|until| until <= now);
+        if up {
+            self.until = None;
+        }
+        up
+    }
+
+    /// When to ask again.
+    pub fn wake_at(&self) -> Option<Instant> {
+        self.attempt_at.into_iter().chain(self.until).min().filter(|_| self.searching)
+    }
+
+    /// The whole search as a sentence.
+    pub fn why(&self) -> String {
+        let tried: Vec<_> = self.addresses.iter().map(SocketAddr::to_string).collect();
+        let error = if self.last_error.is_empty() { "no answer" } else { &self.last_error };
+        format!(
+            "no link to {} within {} s ({error}): is criu-relay cache running there, does it allow this peer?",
+            tried.join(" or "),
+            self.window.as_secs()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_address_in_turn_until_the_time_is_up() {
+        let addresses: Vec<SocketAddr> = vec!["127.0.0.1:1".parse().unwrap(), "[::1]:1".parse().unwrap()];
+        let mut dialer = Dialer::new(addresses.clone(), Duration::from_secs(3));
+        let start = Instant::now();
+        assert_eq!((dialer.due(start), dialer.wake_at()), (None, None));
+        dialer.start(start, false);
+        assert_eq!(dialer.due(start), Some(addresses[0]));
+        assert_eq!(dialer.due(start), None, "one attempt at a time");
+        dialer.failed(start, "refused".into());
+        assert_eq!(dialer.due(start), Some(addresses[1]));
+        dialer.failed(start, "refused".into());
+        assert_eq!(dialer.due(start), None, "a pause after a whole round");
+        assert_eq!(dialer.wake_at(), Some(start + PAUSE));
+        assert_eq!(dialer.due(start + PAUSE), Some(addresses[0]));
+        assert!(!dialer.gave_up(start + Duration::from_secs(2)));
+        assert!(dialer.gave_up(start + Duration::from_secs(3)));
+        assert!(!dialer.gave_up(start + Duration::from_secs(4)), "told once");
+        assert!(dialer.why().contains("127.0.0.1:1 or [::1]:1 within 3 s (refused)"));
+        dialer.start(start, true);
+        assert!(!dialer.gave_up(start + Duration::from_secs(1000)));
+    }
+
+    #[test]
+    fn a_link_that_is_closed_at_once_is_none() {
+        let window = Duration::from_secs(3);
+        let mut dialer = Dialer::new(vec!["127.0.0.1:1".parse().unwrap()], window);
+        let mut now = Instant::now();
+        let end = now + window;
+        dialer.start(now, false);
+        while !dialer.gave_up(now) {
+            assert!(now < end + FLAP, "the window never closes");
+            if dialer.due(now).is_some() {
+                dialer.succeeded(now);
+                dialer.start(now, false);
+            }
+            now = dialer.wake_at().unwrap();
+        }
+        // One that has stood for a while begins it anew.
+        dialer.start(now, false);
+        dialer.succeeded(now);
+        now += Duration::from_secs(60);
+        dialer.start(now, false);
+        assert!(dialer.due(now).is_some() && !dialer.gave_up(now));
+    }
+}

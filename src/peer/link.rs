@@ -1,0 +1,186 @@
+//! The proxy's end of the link: a connection being made, in use, or being closed in order.
+//!
+//! Owns the TCP socket (or the inherited one). What is sent on it is the [`Sender`]'s.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use mio::Interest;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown, connect, recv, shutdown, sockopt};
+
+use super::dialer::ATTEMPT;
+use super::outq::unacknowledged;
+use super::sender::Sender;
+use crate::net;
+use crate::pump::Flow;
+use crate::reactor::Pollable;
+use crate::store::Bodies;
+
+/// How often the send queue is looked at while the link is being closed: nothing tells when it is empty.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The link as the proxy sees it.
+#[derive(Debug)]
+pub struct Link {
+    fd: OwnedFd,
+    name: String,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Connecting {
+        until: Instant,
+    },
+    Up {
+        idle: bool,
+    },
+    /// Everything is sent, our half is shut.
+    Closing {
+        look_at: Instant,
+    },
+}
+
+/// How a step of the link ended.
+#[derive(Debug)]
+pub enum LinkStep {
+    /// The connection could not be made.
+    Refused(String),
+    /// The link stands.
+    Up,
+    /// An event will come, or something to send.
+    Wait,
+    /// The turn is used up.
+    Again,
+    /// The link is lost.
+    Lost(String),
+    /// The peer has everything, as far as this protocol can tell.
+    Delivered,
+}
+
+impl Link {
+    /// Begins to connect.
+    pub fn connect(address: SocketAddr, now: Instant) -> io::Result<Self> {
+        let fd = net::tcp_socket(address)?;
+        match connect(&fd, &address) {
+            Ok(()) | Err(Errno::INPROGRESS) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let state = State::Connecting { until: now + ATTEMPT };
+        Ok(Self { fd, name: address.to_string(), state })
+    }
+
+    /// Takes over an established connection.
+    pub fn inherited(fd: OwnedFd) -> Self {
+        net::tune_link(&fd);
+        Self { fd, name: "the inherited connection".into(), state: State::Up { idle: true } }
+    }
+
+    /// Who is on the other side.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Goes on.
+    pub fn step(&mut self, sender: &mut Sender, bodies: &mut Bodies, block: &mut [u8]) -> LinkStep {
+        match &mut self.state {
+            State::Connecting { .. } => self.connected(),
+            State::Up { idle } => {
+                if let Err(why) = discard(&self.fd, block).and_then(|open| match open {
+                    true => Ok(()),
+                    false => Err("the peer closed it".into()),
+                }) {
+                    return LinkStep::Lost(why);
+                }
+                let flow = sender.step(bodies, self.fd.as_fd());
+                *idle = matches!(flow, Ok(Flow::End));
+                match flow {
+                    Ok(Flow::Wait | Flow::End) => LinkStep::Wait,
+                    Ok(Flow::Again) => LinkStep::Again,
+                    Err(error) => LinkStep::Lost(error.to_string()),
+                }
+            }
+            State::Closing { look_at } => match discard(&self.fd, block) {
+                Err(why) => LinkStep::Lost(why),
+                Ok(false) => LinkStep::Delivered,
+                Ok(true) if Instant::now() < *look_at => LinkStep::Wait,
+                Ok(true) => {
+                    *look_at = Instant::now() + LOOK;
+                    match unacknowledged(&self.fd) {
+                        Some(0) => LinkStep::Delivered,
+                        _ => LinkStep::Wait,
+                    }
+                }
+            },
+        }
+    }
+
+    /// Everything has been handed to the kernel: closes our half, and waits until the peer has it.
+    pub fn finish(&mut self) {
+        // It fails only when the link is lost already; the next step sees that.
+        let _ = shutdown(&self.fd, Shutdown::Write);
+        self.state = State::Closing { look_at: Instant::now() };
+    }
+
+    /// Whether it is being closed.
+    pub fn is_closing(&self) -> bool {
+        matches!(self.state, State::Closing { .. })
+    }
+
+    /// Closes it so that the peer sees a failure.
+    pub fn reset(self) {
+        net::reset(self.fd);
+    }
+
+    fn connected(&mut self) -> LinkStep {
+        match sockopt::socket_error(&self.fd) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) | Err(error) => return LinkStep::Refused(error.to_string()),
+        }
+        match rustix::net::getpeername(&self.fd) {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(Errno::NOTCONN) => return LinkStep::Wait,
+            Err(error) => return LinkStep::Refused(error.to_string()),
+        }
+        net::tune_link(&self.fd);
+        self.state = State::Up { idle: true };
+        LinkStep::Up
+    }
+}
+
+// A peer of the seed protocol says nothing; should one, it is dropped. Ok(false): it has closed.
+fn discard(link: &OwnedFd, block: &mut [u8]) -> Result<bool, String> {
+    loop {
+        match recv(link, &mut *block, RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => return Ok(false),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(true),
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+impl Pollable for Link {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn interest(&self) -> Option<Interest> {
+        Some(match self.state {
+            State::Connecting { .. } => Interest::WRITABLE,
+            State::Up { idle: false } => Interest::READABLE | Interest::WRITABLE,
+            State::Up { idle: true } | State::Closing { .. } => Interest::READABLE,
+        })
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Connecting { until } => Some(until),
+            State::Up { .. } => None,
+            State::Closing { look_at } => Some(look_at),
+        }
+    }
+}

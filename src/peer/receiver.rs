@@ -1,0 +1,219 @@
+//! The cache's end of the link, seed protocol: a connection that may become the peer, and the peer.
+//!
+//! Each owns its TCP socket (or the inherited one).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use mio::Interest;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use crate::client::HEADER_LIMIT;
+use crate::net::{self, Received};
+use crate::pump::{self, Inflow};
+use crate::reactor::Pollable;
+use crate::store::{Bodies, Catalog};
+use crate::wire::criu::{self, Transfer, WriteMode};
+use crate::wire::frame::{FrameReader, LENGTH, MAX_BODY};
+use crate::wire::seed::{Decoder, Item};
+use crate::wire::{Key, WireError};
+
+/// A connection that has not sent a whole first frame yet. It may be a proxy that waits for its CRIU, so
+/// silence has no limit of its own; a frame that has begun has.
+#[derive(Debug)]
+pub struct Parked {
+    fd: OwnedFd,
+    name: String,
+    since: Instant,
+    until: Option<Instant>,
+}
+
+/// What a parked connection has shown.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// Not enough yet.
+    Nothing,
+    /// A valid first frame: it is a peer.
+    Peer,
+    /// It has closed.
+    Closed,
+}
+
+impl Parked {
+    /// A connection just accepted from `name`.
+    pub fn new(fd: OwnedFd, name: String, now: Instant) -> Self {
+        net::tune_link(&fd);
+        Self { fd, name, since: now, until: None }
+    }
+
+    /// Since when it has been parked.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Who it is.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Looks at its first frame, taking nothing. The error is the second half of a sentence.
+    pub fn step(&mut self, block: &mut [u8]) -> Result<Shown, String> {
+        let seen = &mut block[..LENGTH + MAX_BODY];
+        let n = match net::peek(self.fd.as_fd(), seen) {
+            Ok(Received::Bytes(n, _)) => n,
+            Ok(Received::End) => return Ok(Shown::Closed),
+            Ok(_) => return Ok(Shown::Nothing),
+            Err(error) => return Err(format!("could not be read from: {error}")),
+        };
+        let wrong = |error: WireError| error.to_string();
+        match FrameReader::default().feed(&mut &seen[..n]).map_err(wrong)? {
+            Some(body) => criu::decode_transfer(&body).map(|_| Shown::Peer).map_err(wrong),
+            None => {
+                self.until.get_or_insert_with(|| Instant::now() + HEADER_LIMIT);
+                Ok(Shown::Nothing)
+            }
+        }
+    }
+
+    /// It is the peer from now on; nothing of it has been taken yet.
+    pub fn promote(self) -> Receiver {
+        Receiver { fd: self.fd, name: self.name, decoder: Decoder::default(), current: None }
+    }
+}
+
+impl Pollable for Parked {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn interest(&self) -> Option<Interest> {
+        Some(Interest::READABLE)
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.until
+    }
+}
+
+/// The peer.
+#[derive(Debug)]
+pub struct Receiver {
+    fd: OwnedFd,
+    name: String,
+    decoder: Decoder,
+    // The image that is arriving. Its body is held.
+    current: Option<Inflow>,
+}
+
+/// How a step of the receiver ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// An event will come.
+    Wait,
+    /// The turn is used up.
+    Again,
+    /// The peer has closed, between two images.
+    End,
+}
+
+impl Receiver {
+    /// Who it is.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Takes what has come into `catalog`, and adds the names of the images that have become complete to
+    /// `complete`. The error is the second half of a sentence.
+    pub fn step(
+        &mut self,
+        catalog: &mut Catalog,
+        bodies: &mut Bodies,
+        block: &mut [u8],
+        complete: &mut Vec<Key>,
+    ) -> Result<Arrival, String> {
+        let mut moved = 0;
+        while moved < pump::TURN {
+            let n = match recv(&self.fd, &mut *block, RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return self.end(bodies),
+                Ok((_, n)) => n,
+                Err(Errno::AGAIN) => return Ok(Arrival::Wait),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(format!("was lost{}: {error}", self.position(bodies))),
+            };
+            moved += n;
+            let mut input = &block[..n];
+            loop {
+                let held = |key: &Key| catalog.get(key).map_or(0, |image| image.len);
+                match self.decoder.next(&mut input, held).map_err(|error| error.to_string())? {
+                    None => break,
+                    Some(Item::Begin(transfer)) => self.begin(transfer, catalog, bodies),
+                    Some(Item::Data(data)) => {
+                        let Some(inflow) = &self.current else { continue };
+                        bodies.append(inflow.body, data).map_err(|error| {
+                            format!("was stopped{}: no memory for it: {error}", self.position(bodies))
+                        })?;
+                    }
+                    Some(Item::End) => {
+                        let Some(Inflow { key, body, .. }) = self.current.take() else { continue };
+                        let image = catalog.complete(key.clone(), body, bodies);
+                        log::debug!("{key}: {} received", pump::human(image.len));
+                        complete.push(key);
+                    }
+                }
+            }
+        }
+        Ok(Arrival::Again)
+    }
+
+    /// Gives up the image that was arriving.
+    pub fn abandon(&mut self, bodies: &mut Bodies) {
+        if let Some(inflow) = self.current.take() {
+            bodies.truncate(inflow.body, inflow.start);
+            bodies.release(inflow.body);
+        }
+    }
+
+    fn begin(&mut self, transfer: Transfer, catalog: &Catalog, bodies: &mut Bodies) {
+        let existing = catalog.get(&transfer.key).filter(|_| transfer.mode == WriteMode::Append);
+        let (body, start) = match existing {
+            Some(image) => {
+                bodies.hold(image.body);
+                (image.body, image.len)
+            }
+            None => (bodies.create(), 0),
+        };
+        self.current = Some(Inflow { key: transfer.key, body, start });
+    }
+
+    fn end(&self, bodies: &Bodies) -> Result<Arrival, String> {
+        match self.decoder.at_boundary() {
+            true => Ok(Arrival::End),
+            false => Err(format!("closed{}", self.position(bodies))),
+        }
+    }
+
+    fn position(&self, bodies: &Bodies) -> String {
+        match &self.current {
+            Some(inflow) => {
+                format!(" in the middle of {}, at its byte {}", inflow.key, bodies.len(inflow.body))
+            }
+            None if self.decoder.at_boundary() => " between two images".into(),
+            None => " in the middle of a header".into(),
+        }
+    }
+}
+
+impl Pollable for Receiver {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    fn interest(&self) -> Option<Interest> {
+        Some(Interest::READABLE)
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
+}

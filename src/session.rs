@@ -1,0 +1,419 @@
+//! The life of a session as pure state: events in, decisions out. No descriptor, no clock, no image.
+//!
+//! A session is one dump with what becomes of it. On the source it begins with CRIU's first valid request
+//! and ends when the images are delivered, or when it has failed. On the destination it begins with the
+//! peer's first valid frame and ends when a restore has succeeded, or when the dump has failed.
+//!
+//! The rule behind every decision: fail towards the running process. While CRIU can still be made to fail, a
+//! failure is passed on to it at once and the source process runs on. From the moment at which CRIU may
+//! have finished, this side may hold the only copy, and nothing is given up by itself any more.
+
+/// How CRIU talks to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// `criu --remote`.
+    Remote,
+    /// `criu --stream`.
+    Stream,
+}
+
+/// What to do after an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Go on.
+    Nothing,
+    /// Try to get a link.
+    Connect,
+    /// Send everything that is held, from the beginning, on the new link.
+    SendAnew,
+    /// Stay, although asked to go; the log says why.
+    Stay,
+    /// The session is over: close what belongs to it. On an error the link is reset.
+    Over(Result<(), String>),
+}
+
+/// Where the dump is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dump {
+    /// No session.
+    None,
+    /// CRIU is at it.
+    Running(Dialect),
+    /// CRIU has ended after a complete dump; the images are being delivered.
+    Complete,
+    /// It failed while a CRIU of the remote dialect goes on: nothing is taken until its finish.
+    Spoiled,
+}
+
+/// The source's side.
+#[derive(Debug)]
+pub struct Source {
+    keep: bool,
+    dump: Dump,
+    linked: bool,
+    // The link has been lost since the session began, so that the peer has not seen all of it.
+    torn: bool,
+    asked_to_go: bool,
+    last: Option<Result<(), ()>>,
+}
+
+impl Source {
+    /// `keep`: another session follows.
+    pub fn new(keep: bool) -> Self {
+        Self { keep, dump: Dump::None, linked: false, torn: false, asked_to_go: false, last: None }
+    }
+
+    /// CRIU makes a valid request. An error is why it is refused, as the second half of a sentence.
+    pub fn request(&mut self, dialect: Dialect) -> Result<Begun, &'static str> {
+        match self.dump {
+            Dump::None => {
+                self.dump = Dump::Running(dialect);
+                self.torn = false;
+                Ok(Begun::Now)
+            }
+            Dump::Running(running) if running == dialect && dialect == Dialect::Remote => Ok(Begun::Before),
+            Dump::Running(_) => Err("was refused: a dump is in progress, one at a time"),
+            Dump::Complete => Err("was refused: the images of the last dump are still being delivered"),
+            Dump::Spoiled => Err("was refused: its dump has failed, which ends with CRIU's finish"),
+        }
+    }
+
+    /// Whether there is a session that nothing has decided yet.
+    pub fn is_running(&self) -> bool {
+        matches!(self.dump, Dump::Running(_))
+    }
+
+    /// Whether everything is here and is to be delivered.
+    pub fn is_complete(&self) -> bool {
+        self.dump == Dump::Complete
+    }
+
+    /// Whether no session is in progress.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.dump, Dump::None | Dump::Spoiled)
+    }
+
+    /// Whether a link stands.
+    pub fn is_linked(&self) -> bool {
+        self.linked
+    }
+
+    /// The dialect of the dump that runs.
+    pub fn dialect(&self) -> Option<Dialect> {
+        match self.dump {
+            Dump::Running(dialect) => Some(dialect),
+            _ => None,
+        }
+    }
+
+    /// CRIU has ended. `outcome`: whether what it left is a complete dump.
+    pub fn ended(&mut self, outcome: Result<(), String>) -> Decision {
+        match (self.dump, outcome) {
+            (Dump::Running(_), Ok(())) => {
+                self.dump = Dump::Complete;
+                Decision::Nothing
+            }
+            (Dump::Running(_), Err(why)) => self.over(Err(why), false),
+            (Dump::Spoiled, _) => {
+                self.dump = Dump::None;
+                Decision::Nothing
+            }
+            (Dump::None | Dump::Complete, _) => Decision::Nothing,
+        }
+    }
+
+    /// Something went wrong on this side: a writer, the memory. `only_copy`: CRIU may have ended.
+    pub fn failed(&mut self, why: String) -> Decision {
+        match self.dump {
+            Dump::Running(_) => self.over(Err(why), true),
+            Dump::None | Dump::Complete | Dump::Spoiled => Decision::Nothing,
+        }
+    }
+
+    /// A link stands.
+    pub fn link_up(&mut self) -> Decision {
+        self.linked = true;
+        if std::mem::take(&mut self.torn) && !self.is_idle() { Decision::SendAnew } else { Decision::Nothing }
+    }
+
+    /// The link is lost. `only_copy`: CRIU may have finished already, so that it can't be made to fail.
+    pub fn link_lost(&mut self, why: &str, only_copy: bool) -> Decision {
+        self.linked = false;
+        match self.dump {
+            Dump::Running(_) if !only_copy => self.over(Err(format!("the link was lost: {why}")), true),
+            Dump::Running(_) | Dump::Complete => {
+                self.torn = true;
+                Decision::Connect
+            }
+            Dump::None | Dump::Spoiled => Decision::Connect,
+        }
+    }
+
+    /// No link could be had in the time allowed.
+    pub fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
+        match self.dump {
+            Dump::Running(_) if !only_copy => self.over(Err(why), true),
+            Dump::None if !self.keep => self.over(Err(why), false),
+            _ => Decision::Connect,
+        }
+    }
+
+    /// The peer has everything, as far as its protocol can tell.
+    pub fn delivered(&mut self) -> Decision {
+        self.linked = false;
+        self.over(Ok(()), false)
+    }
+
+    /// SIGTERM. What is the only copy is given up at the second.
+    pub fn terminate(&mut self, only_copy: bool) -> Decision {
+        let precious = self.is_complete() || (self.is_running() && only_copy);
+        if precious && !std::mem::replace(&mut self.asked_to_go, true) {
+            return Decision::Stay;
+        }
+        match self.dump {
+            Dump::Running(_) | Dump::Complete => self.over(Err("a signal ended it".into()), false),
+            Dump::None | Dump::Spoiled => match self.last {
+                None if !self.keep => Decision::Over(Err("a signal ended it before any dump came".into())),
+                last => Decision::Over(match last {
+                    Some(Err(())) => Err("the last session had failed".into()),
+                    _ => Ok(()),
+                }),
+            },
+        }
+    }
+
+    fn over(&mut self, outcome: Result<(), String>, criu_goes_on: bool) -> Decision {
+        let remote = self.dump == Dump::Running(Dialect::Remote);
+        self.dump = if remote && criu_goes_on { Dump::Spoiled } else { Dump::None };
+        self.asked_to_go = false;
+        self.last = Some(outcome.as_ref().map(|_| ()).map_err(|_| ()));
+        Decision::Over(outcome)
+    }
+}
+
+/// What a request means to the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// It begins the session.
+    Now,
+    /// It belongs to the session that runs.
+    Before,
+}
+
+/// The destination's side.
+#[derive(Debug)]
+pub struct Sink {
+    keep: bool,
+    receiving: bool,
+    held: Held,
+    asked_to_go: bool,
+    last: Option<Result<(), ()>>,
+}
+
+/// What of the last complete session is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    Nothing,
+    /// Perhaps the only copy.
+    Unrestored,
+    Restored,
+}
+
+impl Sink {
+    /// `keep`: another session follows.
+    pub fn new(keep: bool) -> Self {
+        Self { keep, receiving: false, held: Held::Nothing, asked_to_go: false, last: None }
+    }
+
+    /// Somebody has sent a valid first frame. An error is why it is refused.
+    pub fn peer(&mut self) -> Result<(), &'static str> {
+        if self.receiving {
+            return Err("was refused: a session is in progress, one at a time");
+        }
+        if self.held != Held::Nothing && !self.keep {
+            return Err("was refused: this cache has its dump already (--keep takes another)");
+        }
+        self.receiving = true;
+        Ok(())
+    }
+
+    /// Whether images are coming in.
+    pub fn is_receiving(&self) -> bool {
+        self.receiving
+    }
+
+    /// Whether the last complete session has been restored.
+    pub fn is_restored(&self) -> bool {
+        self.held == Held::Restored
+    }
+
+    /// Whether a peer may still come.
+    pub fn takes_peers(&self) -> bool {
+        self.keep || self.held == Held::Nothing
+    }
+
+    /// The peer has ended. `outcome`: whether what it left is a complete dump.
+    pub fn peer_ended(&mut self, outcome: Result<(), String>) -> Decision {
+        self.receiving = false;
+        match outcome {
+            Ok(()) => {
+                self.held = Held::Unrestored;
+                self.asked_to_go = false;
+                Decision::Nothing
+            }
+            Err(why) => {
+                self.last = Some(Err(()));
+                Decision::Over(Err(why))
+            }
+        }
+    }
+
+    /// A restore has ended; `success` as far as the dialect can tell.
+    pub fn restore_ended(&mut self, success: bool) -> Decision {
+        if !success || self.held == Held::Nothing {
+            return Decision::Nothing;
+        }
+        self.held = Held::Restored;
+        self.last = Some(Ok(()));
+        Decision::Over(Ok(()))
+    }
+
+    /// SIGTERM. What is perhaps the only copy is given up at the second.
+    pub fn terminate(&mut self) -> Decision {
+        if self.held == Held::Unrestored && !std::mem::replace(&mut self.asked_to_go, true) {
+            return Decision::Stay;
+        }
+        Decision::Over(match (self.held, self.last) {
+            (Held::Unrestored, _) => Err("a signal ended it before the dump was restored".into()),
+            _ if self.receiving => Err("a signal ended it before the dump was complete".into()),
+            (_, Some(Err(()))) => Err("the last session had failed".into()),
+            (_, None) if !self.keep => Err("a signal ended it before any dump came".into()),
+            _ => Ok(()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn over(decision: &Decision) -> Option<bool> {
+        match decision {
+            Decision::Over(outcome) => Some(outcome.is_ok()),
+            _ => None,
+        }
+    }
+
+    fn source(dialect: Dialect) -> Source {
+        let mut source = Source::new(false);
+        assert_eq!(source.link_up(), Decision::Nothing);
+        assert_eq!(source.request(dialect), Ok(Begun::Now));
+        source
+    }
+
+    #[test]
+    fn a_dump_that_goes_well() {
+        let mut source = source(Dialect::Stream);
+        assert_eq!(source.ended(Ok(())), Decision::Nothing);
+        assert!(source.is_complete());
+        assert_eq!(over(&source.delivered()), Some(true));
+    }
+
+    #[test]
+    fn a_lost_link_fails_a_dump_that_can_still_fail() {
+        for dialect in [Dialect::Stream, Dialect::Remote] {
+            assert_eq!(over(&source(dialect).link_lost("reset", false)), Some(false));
+            assert_eq!(over(&source(dialect).no_link("no".into(), false)), Some(false));
+        }
+    }
+
+    #[test]
+    fn what_may_be_the_only_copy_is_kept_and_sent_anew() {
+        let mut source = source(Dialect::Stream);
+        assert_eq!(source.link_lost("reset", true), Decision::Connect);
+        assert_eq!(source.no_link("no".into(), true), Decision::Connect);
+        assert_eq!(source.ended(Ok(())), Decision::Nothing);
+        assert_eq!(source.no_link("no".into(), false), Decision::Connect);
+        assert_eq!(source.link_up(), Decision::SendAnew);
+        assert_eq!(source.link_lost("reset", false), Decision::Connect);
+        assert_eq!(source.link_up(), Decision::SendAnew);
+        assert_eq!(source.terminate(false), Decision::Stay);
+        assert_eq!(over(&source.terminate(false)), Some(false));
+    }
+
+    #[test]
+    fn a_signal_during_a_dump() {
+        assert_eq!(over(&source(Dialect::Stream).terminate(false)), Some(false));
+        let mut late = source(Dialect::Stream);
+        assert_eq!(late.terminate(true), Decision::Stay);
+        assert_eq!(over(&late.terminate(true)), Some(false));
+        assert_eq!(over(&Source::new(false).terminate(false)), Some(false));
+        assert_eq!(over(&Source::new(true).terminate(false)), Some(true));
+    }
+
+    #[test]
+    fn one_dump_at_a_time() {
+        let mut stream = source(Dialect::Stream);
+        assert!(stream.request(Dialect::Stream).is_err());
+        assert!(stream.request(Dialect::Remote).is_err());
+        let mut remote = source(Dialect::Remote);
+        assert_eq!(remote.request(Dialect::Remote), Ok(Begun::Before));
+        remote.ended(Ok(()));
+        assert!(remote.request(Dialect::Remote).is_err());
+    }
+
+    #[test]
+    fn after_a_failure_a_remote_dump_is_refused_to_its_end() {
+        let mut source = Source::new(true);
+        source.link_up();
+        source.request(Dialect::Remote).unwrap();
+        assert_eq!(over(&source.link_lost("reset", false)), Some(false));
+        assert!(source.request(Dialect::Remote).is_err());
+        assert_eq!(source.ended(Ok(())), Decision::Nothing);
+        assert_eq!(source.request(Dialect::Remote), Ok(Begun::Now));
+        // A stream dump ends with its connection: nothing of it can come later.
+        let mut source = Source::new(true);
+        source.request(Dialect::Stream).unwrap();
+        source.link_lost("reset", false);
+        assert_eq!(source.request(Dialect::Stream), Ok(Begun::Now));
+    }
+
+    #[test]
+    fn an_idle_source_waits_for_its_link() {
+        let mut once = Source::new(false);
+        assert_eq!(over(&once.no_link("no".into(), false)), Some(false));
+        let mut kept = Source::new(true);
+        assert_eq!(kept.no_link("no".into(), false), Decision::Connect);
+        kept.link_up();
+        assert_eq!(kept.link_lost("closed", false), Decision::Connect);
+        assert_eq!(kept.link_up(), Decision::Nothing, "there is nothing to send");
+    }
+
+    #[test]
+    fn a_cache_ends_with_a_restore_that_succeeded() {
+        let mut sink = Sink::new(false);
+        sink.peer().unwrap();
+        assert!(sink.peer().is_err());
+        assert_eq!(sink.peer_ended(Ok(())), Decision::Nothing);
+        assert!(sink.peer().is_err() && !sink.takes_peers());
+        assert_eq!(sink.restore_ended(false), Decision::Nothing);
+        assert_eq!(sink.terminate(), Decision::Stay);
+        assert_eq!(over(&sink.restore_ended(true)), Some(true));
+    }
+
+    #[test]
+    fn a_cache_that_keeps_takes_the_next() {
+        let mut sink = Sink::new(true);
+        assert_eq!(over(&sink.terminate()), Some(true));
+        sink.peer().unwrap();
+        assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
+        sink.peer().unwrap();
+        sink.peer_ended(Ok(()));
+        assert_eq!(sink.terminate(), Decision::Stay);
+        assert_eq!(over(&sink.terminate()), Some(false));
+        sink.restore_ended(true);
+        assert_eq!(over(&sink.terminate()), Some(true));
+        sink.peer().unwrap();
+        assert_eq!(over(&sink.terminate()), Some(false), "a transfer is cut off");
+    }
+}
