@@ -688,16 +688,17 @@ impl Proxy {
     }
 
     fn tick_link(&mut self, now: Instant) {
-        if let Some(dialer) = &mut self.dialer {
-            if dialer.gave_up(now) {
-                let why = dialer.why();
-                if self.keep && self.session.is_idle() {
-                    log::warn!("{why} The search goes on.");
-                }
-                let decision = self.session.no_link(why, self.may_be_only_copy());
-                if !matches!(decision, Decision::Connect) {
-                    return self.decide(decision);
-                }
+        if let Some(dialer) = &mut self.dialer
+            && dialer.gave_up(now)
+        {
+            let why = dialer.why();
+            if self.keep && self.session.is_idle() {
+                log::warn!("{why} The search goes on.");
+            }
+            // Otherwise the search that is under way has no end any more.
+            let decision = self.session.no_link(why, self.may_be_only_copy());
+            if decision != Decision::Connect {
+                return self.decide(decision);
             }
         }
         if let Some(address) = self.dialer.as_mut().and_then(|dialer| dialer.due(now)) {
