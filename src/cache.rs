@@ -37,6 +37,10 @@ pub const MAX_PARKED: usize = 16;
 /// How long a silent connection may keep its place when another needs it.
 pub const PARKED_AT_LEAST: Duration = Duration::from_secs(10);
 
+/// Batches of events between a failure and the end: a client that has connected is accepted in one, its
+/// header is read in the next, and the fence takes a third.
+const FAREWELL: u8 = 4;
+
 /// How the peer reaches the cache.
 #[derive(Debug)]
 pub enum Reach {
@@ -130,7 +134,7 @@ enum Found {
     NotYet,
     /// It does not exist and never will.
     Never,
-    /// The session is no complete dump: there is nothing to restore.
+    /// There is nothing to restore: the dump failed, or the session is none.
     Broken,
 }
 
@@ -146,6 +150,8 @@ pub struct Cache {
     exit: Option<Exit>,
     // Restored: leave as soon as nobody reads any more.
     leaving: bool,
+    // Failed, for good: so many batches more, in which whoever has connected already is told.
+    failing: Option<u8>,
 
     // The session that comes in, and the last complete one.
     incoming: Catalog,
@@ -191,6 +197,7 @@ impl Cache {
             keep: setup.keep,
             exit: None,
             leaving: false,
+            failing: None,
             incoming: Catalog::default(),
             last: None,
             accepted: 0,
@@ -332,6 +339,7 @@ impl Cache {
 
     fn session_ended(&mut self, outcome: Result<(), String>) {
         self.peer = None;
+        let failed = outcome.is_err();
         if outcome.is_ok() {
             let images = std::mem::take(&mut self.incoming);
             log::info!("the dump is complete: {} images, {}", images.len(), pump::human(images.bytes()));
@@ -349,7 +357,8 @@ impl Cache {
         let decision = self.session.peer_ended(outcome);
         self.decide(decision);
         for reader in self.waits.take_all() {
-            self.answer(reader);
+            // Those who waited for a dump that failed are told so, even if another may come.
+            if failed && self.last.is_none() { self.fail(reader) } else { self.answer(reader) }
         }
         if !self.session.takes_peers() {
             let peers = self.conns.iter().filter(|(_, conn)| match conn {
@@ -367,6 +376,9 @@ impl Cache {
     // --- readers
 
     fn find(&self, images: Option<&Rc<Catalog>>, key: &Key) -> Found {
+        if self.failing.is_some() {
+            return Found::Broken;
+        }
         let needed = key.snapshot_id.is_empty() && key.name[..] == *catalog::INVENTORY;
         if let Some(images) = images {
             return match images.get(key) {
@@ -379,6 +391,16 @@ impl Cache {
             Some(image) if !catalog::waits_for_the_end(key) => Found::Here(image),
             _ => Found::NotYet,
         }
+    }
+
+    // The dump failed: an error, not the word that the image does not exist.
+    fn fail(&mut self, id: Id) {
+        let answered = match self.conns.get_mut(id) {
+            Some(Conn::Remote(client)) => client.answer(Errno::IO.raw_os_error() as u32),
+            _ => Ok(()),
+        };
+        let why = answered.err().unwrap_or_else(|| "had to be closed: the dump failed".into());
+        self.close(id, Some(why));
     }
 
     // Answers a reader if that can be done now, else lets it wait.
@@ -411,10 +433,11 @@ impl Cache {
                 self.waits.push(&key, id);
                 return self.settle(id);
             }
-            Found::Never | Found::Broken => {
+            Found::Never => {
                 log::debug!("{key}: asked for, does not exist");
                 client.answer(Errno::NOENT.raw_os_error() as u32).err()
             }
+            Found::Broken => return self.fail(id),
         };
         self.close(id, failure);
     }
@@ -502,7 +525,7 @@ impl Cache {
                 log::debug!("{key}: asked for, does not exist");
                 restore.serve.missing()
             }
-            Found::Broken => Err("can't be served: the dump has no inventory.img".into()),
+            Found::Broken => return self.fail(id),
         };
         match answered {
             Ok(()) => {
@@ -560,23 +583,11 @@ impl Cache {
                     "{why}; the dump failed, its {} complete images are dropped",
                     self.incoming.len()
                 );
-                self.fail_readers();
                 self.incoming.clear(&mut self.bodies);
                 if !self.keep {
-                    self.exit = Some(Exit::Failed);
+                    self.failing = Some(FAREWELL);
                 }
             }
-        }
-    }
-
-    // Nothing more comes: those who wait are told that it is an error, not that their image doesn't exist.
-    fn fail_readers(&mut self) {
-        for id in self.waits.take_all() {
-            let failure = match self.conns.get_mut(id) {
-                Some(Conn::Remote(client)) => client.answer(Errno::IO.raw_os_error() as u32).err(),
-                _ => None,
-            };
-            self.close(id, failure.or_else(|| Some("had to be closed: the dump failed".into())));
         }
     }
 
@@ -694,6 +705,12 @@ impl Role for Cache {
         for id in self.fence.pass() {
             self.run_request(id);
         }
+        if let Some(batches) = &mut self.failing {
+            match batches.checked_sub(1) {
+                Some(less) => *batches = less,
+                None => self.exit = Some(Exit::Failed),
+            }
+        }
         let reads = |conn: &Conn| match conn {
             Conn::Remote(client) => client.is_reading(),
             conn => matches!(conn, Conn::Pipe(_)),
@@ -701,7 +718,7 @@ impl Role for Cache {
         if self.exit.is_none() && self.leaving && !self.conns.iter().any(|(_, conn)| reads(conn)) {
             self.exit = Some(Exit::Done);
         }
-        (self.fence.is_waiting(), self.exit)
+        (self.fence.is_waiting() || self.failing.is_some(), self.exit)
     }
 
     fn terminate(&mut self) -> Option<Exit> {
