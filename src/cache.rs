@@ -25,7 +25,7 @@ use crate::peer::allow::Allowed;
 use crate::peer::receiver::{Arrival, Parked, Receiver, Shown};
 use crate::pump::{self, Flow, Outflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
-use crate::session::{Decision, Dialect, Sink};
+use crate::session::{Ask, Decision, Dialect, Sink};
 use crate::store::{Bodies, Catalog, Image, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
@@ -579,10 +579,10 @@ impl Cache {
             ),
             Decision::Over(Ok(())) => self.leaving = !self.keep,
             Decision::Over(Err(why)) => {
-                log::error!(
-                    "{why}; the dump failed, its {} complete images are dropped",
-                    self.incoming.len()
-                );
+                match self.incoming.len() {
+                    0 => log::error!("{why}"),
+                    images => log::error!("{why}; {images} images that were complete are dropped"),
+                }
                 self.incoming.clear(&mut self.bodies);
                 if !self.keep {
                     self.failing = Some(FAREWELL);
@@ -721,8 +721,8 @@ impl Role for Cache {
         (self.fence.is_waiting() || self.failing.is_some(), self.exit)
     }
 
-    fn terminate(&mut self) -> Option<Exit> {
-        let decision = self.session.terminate();
+    fn terminate(&mut self, signal: Ask) -> Option<Exit> {
+        let decision = self.session.terminate(signal);
         let exit = match &decision {
             Decision::Over(Ok(())) => Some(Exit::Done),
             Decision::Over(Err(_)) => Some(Exit::Failed),

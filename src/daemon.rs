@@ -113,6 +113,8 @@ fn listen(options: &Options) -> Result<(OwnedFd, std::net::SocketAddr), String> 
 // Tells everybody who waits for it that CRIU and the peer can connect. Returns what removes the pid file.
 fn ready(options: &Options, port: Option<String>, status: Option<File>) -> Result<Pidfile, String> {
     let pidfile = Pidfile::write(options)?;
+    let dirs: Vec<_> = options.images_dirs.iter().map(|dir| dir.display().to_string()).collect();
+    log::info!("{} {} is ready in {}", options.verb.name(), std::process::id(), dirs.join(", "));
     let mut out = port.unwrap_or_default().into_bytes();
     if options.background {
         out.push(0);
@@ -128,8 +130,6 @@ fn ready(options: &Options, port: Option<String>, status: Option<File>) -> Resul
         let told = status.write_all(&[0]);
         told.map_err(|error| format!("the descriptor of --status-fd can't be written to: {error}"))?;
     }
-    let dirs: Vec<_> = options.images_dirs.iter().map(|dir| dir.display().to_string()).collect();
-    log::info!("{} {} is ready in {}", options.verb.name(), std::process::id(), dirs.join(", "));
     Ok(pidfile)
 }
 
@@ -198,7 +198,27 @@ fn start_log(options: &Options) -> Result<(), String> {
     let logger = simple_logger::SimpleLogger::new().with_level(level);
     // mio has nothing to say about a dump.
     let logger = logger.with_module_level("mio", LevelFilter::Off);
-    logger.init().map_err(|error| format!("the log can't be started: {error}"))
+    log::set_max_level(level);
+    log::set_boxed_logger(Box::new(Unfailing(logger)))
+        .map_err(|error| format!("the log can't be started: {error}"))
+}
+
+/// A log that may fail: eprintln!, with which simple_logger writes, panics when the disk is full or the
+/// terminal has gone, and a log line is not worth a process.
+struct Unfailing(simple_logger::SimpleLogger);
+
+impl log::Log for Unfailing {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        self.0.enabled(metadata)
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.0.log(record)));
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
 }
 
 fn open_log(path: &Path) -> io::Result<File> {

@@ -28,7 +28,7 @@ use crate::peer::link::{Link, LinkStep};
 use crate::peer::sender::Sender;
 use crate::pump::{self, FillError, Flow, Inflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
-use crate::session::{Begun, Decision, Dialect, Source};
+use crate::session::{Ask, Begun, Decision, Dialect, Source};
 use crate::store::{Bodies, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
@@ -446,7 +446,7 @@ impl Proxy {
     }
 
     fn failed(&mut self, why: String) {
-        let decision = self.session.failed(why);
+        let decision = self.session.failed(&why);
         self.decide(decision);
     }
 
@@ -500,7 +500,7 @@ impl Proxy {
             }
             Ok(()) => {}
             Err(why) => log::error!(
-                "{why}; the dump failed, {} of its images are dropped, {images} ({bytes}) had been sent",
+                "{why}; {} of its images are dropped, {images} ({bytes}) had been sent",
                 self.images.len()
             ),
         }
@@ -784,8 +784,8 @@ impl Role for Proxy {
         (self.fence.is_waiting(), self.exit)
     }
 
-    fn terminate(&mut self) -> Option<Exit> {
-        let decision = self.session.terminate(self.may_be_only_copy());
+    fn terminate(&mut self, signal: Ask) -> Option<Exit> {
+        let decision = self.session.terminate(signal, self.may_be_only_copy());
         let exit = match &decision {
             Decision::Over(outcome) => Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed }),
             _ => None,

@@ -22,6 +22,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::session::Ask;
 use crate::table::{Id, Table};
 
 /// What a connection is to the loop.
@@ -202,8 +203,8 @@ pub trait Role {
     /// Everything else: what only the whole batch can tell, what depends on the time. With `true`
     /// the loop comes back at once.
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>);
-    /// SIGTERM or SIGINT.
-    fn terminate(&mut self) -> Option<Exit>;
+    /// A signal asks for the end.
+    fn terminate(&mut self, signal: Ask) -> Option<Exit>;
 }
 
 /// The loop before its role is there.
@@ -218,12 +219,13 @@ const SIGNALS: Token = Token(usize::MAX);
 const EVENTS: usize = 1024;
 
 impl Reactor {
-    /// Makes the poll and takes over SIGTERM and SIGINT: from here on they end nothing by themselves.
+    /// Makes the poll and takes over SIGTERM, SIGINT and SIGHUP: from here on they end nothing by themselves.
     pub fn new() -> io::Result<Self> {
         let poll = Poll::new()?;
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
         set.add(Signal::SIGINT);
+        set.add(Signal::SIGHUP);
         set.thread_block()?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         poll.registry().register(&mut SourceFd(&signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
@@ -268,8 +270,10 @@ impl Reactor {
                         role.ready(event.token().into());
                         continue;
                     }
-                    while let Ok(Some(_)) = self.signals.read_signal() {
-                        if let Some(exit) = role.terminate() {
+                    while let Ok(Some(signal)) = self.signals.read_signal() {
+                        let hangup = signal.ssi_signo == Signal::SIGHUP as u32;
+                        let ask = if hangup { Ask::Hangup } else { Ask::End };
+                        if let Some(exit) = role.terminate(ask) {
                             return Ok(exit);
                         }
                     }

@@ -17,6 +17,25 @@ pub enum Dialect {
     Stream,
 }
 
+/// How we are asked to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// SIGTERM or SIGINT: somebody wants it.
+    End,
+    /// SIGHUP: the terminal has gone, perhaps with the operator's connection.
+    Hangup,
+}
+
+impl Ask {
+    // Whether this is a second request to end; `before` remembers the first.
+    fn insists(self, before: &mut bool) -> bool {
+        match self {
+            Self::Hangup => false,
+            Self::End => std::mem::replace(before, true),
+        }
+    }
+}
+
 /// What to do after an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -113,7 +132,7 @@ impl Source {
                 self.dump = Dump::Complete;
                 Decision::Nothing
             }
-            (Dump::Running(_), Err(why)) => self.over(Err(why), false),
+            (Dump::Running(_), Err(why)) => self.fail(&why, false),
             (Dump::Spoiled, _) => {
                 self.dump = Dump::None;
                 Decision::Nothing
@@ -122,10 +141,10 @@ impl Source {
         }
     }
 
-    /// Something went wrong on this side: a writer, the memory. `only_copy`: CRIU may have ended.
-    pub fn failed(&mut self, why: String) -> Decision {
+    /// Something went wrong on this side: a writer, the memory.
+    pub fn failed(&mut self, why: &str) -> Decision {
         match self.dump {
-            Dump::Running(_) => self.over(Err(why), true),
+            Dump::Running(_) => self.fail(why, true),
             Dump::None | Dump::Complete | Dump::Spoiled => Decision::Nothing,
         }
     }
@@ -140,7 +159,7 @@ impl Source {
     pub fn link_lost(&mut self, why: &str, only_copy: bool) -> Decision {
         self.linked = false;
         match self.dump {
-            Dump::Running(_) if !only_copy => self.over(Err(format!("the link was lost: {why}")), true),
+            Dump::Running(_) if !only_copy => self.fail(&format!("the link was lost: {why}"), true),
             Dump::Running(_) | Dump::Complete => {
                 self.torn = true;
                 Decision::Connect
@@ -152,7 +171,7 @@ impl Source {
     /// No link could be had in the time allowed.
     pub fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
         match self.dump {
-            Dump::Running(_) if !only_copy => self.over(Err(why), true),
+            Dump::Running(_) if !only_copy => self.fail(&why, true),
             Dump::None if !self.keep => self.over(Err(why), false),
             _ => Decision::Connect,
         }
@@ -164,14 +183,19 @@ impl Source {
         self.over(Ok(()), false)
     }
 
-    /// SIGTERM. What is the only copy is given up at the second.
-    pub fn terminate(&mut self, only_copy: bool) -> Decision {
+    /// A signal. What may be the only copy is given up at the second request to end, and never because
+    /// a terminal has gone.
+    pub fn terminate(&mut self, signal: Ask, only_copy: bool) -> Decision {
         let precious = self.is_complete() || (self.is_running() && only_copy);
-        if precious && !std::mem::replace(&mut self.asked_to_go, true) {
+        if precious && !signal.insists(&mut self.asked_to_go) {
             return Decision::Stay;
         }
         match self.dump {
-            Dump::Running(_) | Dump::Complete => self.over(Err("a signal ended it".into()), false),
+            Dump::Running(_) | Dump::Complete if precious => {
+                let why = "asked twice to end: what may be the only copy of the process is given up";
+                self.over(Err(why.into()), false)
+            }
+            Dump::Running(_) | Dump::Complete => self.fail("a signal ended it", false),
             Dump::None | Dump::Spoiled => match self.last {
                 None if !self.keep => Decision::Over(Err("a signal ended it before any dump came".into())),
                 last => Decision::Over(match last {
@@ -180,6 +204,10 @@ impl Source {
                 }),
             },
         }
+    }
+
+    fn fail(&mut self, why: &str, criu_goes_on: bool) -> Decision {
+        self.over(Err(format!("the dump failed: {why}")), criu_goes_on)
     }
 
     fn over(&mut self, outcome: Result<(), String>, criu_goes_on: bool) -> Decision {
@@ -263,7 +291,7 @@ impl Sink {
             }
             Err(why) => {
                 self.last = Some(Err(()));
-                Decision::Over(Err(why))
+                Decision::Over(Err(format!("the dump failed: {why}")))
             }
         }
     }
@@ -278,14 +306,17 @@ impl Sink {
         Decision::Over(Ok(()))
     }
 
-    /// SIGTERM. What is perhaps the only copy is given up at the second.
-    pub fn terminate(&mut self) -> Decision {
-        if self.held == Held::Unrestored && !std::mem::replace(&mut self.asked_to_go, true) {
+    /// A signal. What may be the only copy is given up at the second request to end, and never because
+    /// a terminal has gone.
+    pub fn terminate(&mut self, signal: Ask) -> Decision {
+        if self.held == Held::Unrestored && !signal.insists(&mut self.asked_to_go) {
             return Decision::Stay;
         }
         Decision::Over(match (self.held, self.last) {
-            (Held::Unrestored, _) => Err("a signal ended it before the dump was restored".into()),
-            _ if self.receiving => Err("a signal ended it before the dump was complete".into()),
+            (Held::Unrestored, _) => {
+                Err("asked twice to end: what may be the only copy of the process is given up".into())
+            }
+            _ if self.receiving => Err("the dump failed: a signal ended it before it was complete".into()),
             (_, Some(Err(()))) => Err("the last session had failed".into()),
             (_, None) if !self.keep => Err("a signal ended it before any dump came".into()),
             _ => Ok(()),
@@ -337,18 +368,20 @@ mod tests {
         assert_eq!(source.link_up(), Decision::SendAnew);
         assert_eq!(source.link_lost("reset", false), Decision::Connect);
         assert_eq!(source.link_up(), Decision::SendAnew);
-        assert_eq!(source.terminate(false), Decision::Stay);
-        assert_eq!(over(&source.terminate(false)), Some(false));
+        assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
+        assert_eq!(over(&source.terminate(Ask::End, false)), Some(false));
     }
 
     #[test]
     fn a_signal_during_a_dump() {
-        assert_eq!(over(&source(Dialect::Stream).terminate(false)), Some(false));
+        assert_eq!(over(&source(Dialect::Stream).terminate(Ask::End, false)), Some(false));
         let mut late = source(Dialect::Stream);
-        assert_eq!(late.terminate(true), Decision::Stay);
-        assert_eq!(over(&late.terminate(true)), Some(false));
-        assert_eq!(over(&Source::new(false).terminate(false)), Some(false));
-        assert_eq!(over(&Source::new(true).terminate(false)), Some(true));
+        assert_eq!(late.terminate(Ask::End, true), Decision::Stay);
+        assert_eq!(late.terminate(Ask::Hangup, true), Decision::Stay, "a hangup never drops it");
+        assert_eq!(over(&late.terminate(Ask::End, true)), Some(false));
+        assert_eq!(over(&Source::new(false).terminate(Ask::End, false)), Some(false));
+        assert_eq!(over(&Source::new(true).terminate(Ask::End, false)), Some(true));
+        assert_eq!(over(&Source::new(true).terminate(Ask::Hangup, false)), Some(true));
     }
 
     #[test]
@@ -397,23 +430,23 @@ mod tests {
         assert_eq!(sink.peer_ended(Ok(())), Decision::Nothing);
         assert!(sink.peer().is_err() && !sink.takes_peers());
         assert_eq!(sink.restore_ended(false), Decision::Nothing);
-        assert_eq!(sink.terminate(), Decision::Stay);
+        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
         assert_eq!(over(&sink.restore_ended(true)), Some(true));
     }
 
     #[test]
     fn a_cache_that_keeps_takes_the_next() {
         let mut sink = Sink::new(true);
-        assert_eq!(over(&sink.terminate()), Some(true));
+        assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
         sink.peer().unwrap();
         assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
         sink.peer().unwrap();
         sink.peer_ended(Ok(()));
-        assert_eq!(sink.terminate(), Decision::Stay);
-        assert_eq!(over(&sink.terminate()), Some(false));
+        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+        assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
         sink.restore_ended(true);
-        assert_eq!(over(&sink.terminate()), Some(true));
+        assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
         sink.peer().unwrap();
-        assert_eq!(over(&sink.terminate()), Some(false), "a transfer is cut off");
+        assert_eq!(over(&sink.terminate(Ask::End)), Some(false), "a transfer is cut off");
     }
 }

@@ -250,7 +250,7 @@ fn a_client_that_stalls_in_its_header_is_closed() {
     half.write_all(&[40, 0]).unwrap();
     stalled.push(half);
     for mut client in stalled {
-        assert!(matches!(client.read(&mut [0; 1]), Ok(0) | Err(_)));
+        assert_closed(&mut client);
     }
     assert!(began.elapsed() >= Duration::from_secs(9));
     proxy.wait_log_times("kept us waiting", 3);
@@ -323,6 +323,41 @@ fn a_hundred_thousand_images() {
     let each = (cache.memory("VmRSS") - before) * 1024 / IMAGES as u64 - 1024;
     println!("{each} bytes resident per image beyond its payload");
     assert!(each <= 600, "{each} bytes per image");
+}
+
+#[test]
+fn a_full_disk_under_the_log_ends_nothing() {
+    let dir = Dir::new();
+    let mut child = Command::new(binary())
+        .args(["cache", "--port", "0", "--keep", "-v3", "-o", "/dev/full", "-D"])
+        .arg(&dir.0)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("it accepts", || std::os::unix::net::UnixStream::connect(dir.join("img-cache.sock")).is_ok());
+    // Both say something to the log.
+    connect(&dir.join("img-cache.sock")).write_all(&[0xff; 4]).unwrap();
+    let mut client = open_remote(&dir.join("img-cache.sock"), &key("/d", "a"), Some(WriteMode::Append));
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0);
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_terminal_that_goes_takes_no_only_copy_with_it() {
+    let mut cache = Daemon::cache(&[]);
+    OldProxy::connect(&cache).end();
+    cache.wait_log("the dump is complete");
+    for times in 1..=3 {
+        cache.signal(Signal::HUP);
+        cache.wait_log_times("ask once more", times);
+    }
+    cache.signal(Signal::TERM);
+    cache.wait_log_times("ask once more", 4);
+    assert_eq!(cache.terminate(), 1);
+    let mut idle = Daemon::cache(&["--keep"]);
+    idle.signal(Signal::HUP);
+    assert_eq!(idle.wait(), 0);
 }
 
 #[test]

@@ -6,7 +6,6 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
@@ -25,9 +24,10 @@ fn img_cache(daemon: &Daemon) -> PathBuf {
     daemon.dir.join("img-cache.sock")
 }
 
+type Received = (HashMap<Key, Vec<u8>>, LinkEnd);
+
 /// A proxy whose peer is an old cache, which ends with what it holds.
-fn with_old_cache()
--> (Daemon, std::thread::JoinHandle<(std::collections::HashMap<criu_relay::wire::Key, Vec<u8>>, LinkEnd)>) {
+fn with_old_cache() -> (Daemon, JoinHandle<Received>) {
     let (listener, port) = old_listener();
     let cache = std::thread::spawn(move || old_cache(listener.accept().unwrap().0));
     let mut proxy = Daemon::proxy(port, &[]);
@@ -194,10 +194,6 @@ fn bad_input_ends_that_client_alone() {
     let mut bystander = open_remote(&socket, &key("/d", "good.img"), Some(WriteMode::Append));
     bystander.write_all(b"first, ").unwrap();
 
-    let closed = |mut client: UnixStream| {
-        let end = client.read(&mut [0; 16]);
-        assert!(matches!(end, Ok(0)) || end.is_err(), "{end:?}");
-    };
     let raw = |body: &[u8]| [&(body.len() as u32).to_ne_bytes(), body].concat();
     let entry = |name: &[u8], id: &[u8], mode: u8| {
         let mut body = vec![0x0a, name.len() as u8];
@@ -219,7 +215,7 @@ fn bad_input_ends_that_client_alone() {
     ] {
         let mut client = connect(&socket);
         client.write_all(&bytes).unwrap();
-        closed(client);
+        assert_closed(&mut client);
         proxy.wait_log(why);
     }
 
@@ -234,9 +230,9 @@ fn bad_input_ends_that_client_alone() {
         (&glued, vec![reader.as_fd(), reader.as_fd()], "more than one descriptor"),
         (&header, vec![reader.as_fd()], "where none belongs"),
     ] {
-        let client = connect(&socket);
+        let mut client = connect(&socket);
         send_with(&client, bytes, &descriptors).unwrap();
-        closed(client);
+        assert_closed(&mut client);
         proxy.wait_log(why);
     }
     let mut reader_that_writes = open_remote(&socket, &key("/d", "none.img"), None);

@@ -91,14 +91,14 @@ fn an_old_proxy_may_wait_for_its_dump() {
         let mut scan = TcpStream::connect(("127.0.0.1", cache.port)).unwrap();
         scan.write_all(junk).unwrap();
         if !junk.is_empty() {
-            assert!(matches!(scan.read(&mut [0; 16]), Ok(0) | Err(_)), "junk is not answered");
+            assert_closed(&mut scan);
         }
     }
     peer.send(&key("", "pages-1.img"), b"pages");
     cache.wait_log("a dump begins");
     // One peer at a time.
     let mut second = TcpStream::connect(("127.0.0.1", cache.port)).unwrap();
-    assert!(matches!(second.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert_closed(&mut second);
     cache.wait_log("this cache has its peer");
     peer.end();
     assert_eq!(restore.answer(), Some(true), "the restore has gone on waiting");
@@ -124,7 +124,7 @@ fn parked_connections_are_few() {
     let parked: Vec<_> = (0..16).map(|_| connect()).collect();
     let mut one_too_many = connect();
     one_too_many.set_read_timeout(Some(DEADLINE)).unwrap();
-    assert!(matches!(one_too_many.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert_closed(&mut one_too_many);
     cache.wait_log("16 connections wait already");
     drop(parked);
     cache.wait_log("16 connections wait already");
@@ -142,7 +142,7 @@ fn parked_connections_are_few() {
 fn who_is_not_allowed_is_refused() {
     let mut cache = Daemon::cache(&["--allow-peer", "10.0.0.0/8", "--allow-peer", "fd00::1"]);
     let mut link = TcpStream::connect(("127.0.0.1", cache.port)).unwrap();
-    assert!(matches!(link.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert_closed(&mut link);
     cache.wait_log("is not among those that --allow-peer names");
     // A proxy that is turned away again and again gives up in time.
     let mut proxy = Daemon::proxy(cache.port, &["--connect-timeout", "2"]);

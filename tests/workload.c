@@ -139,6 +139,8 @@ static void *map(size_t length, int flags)
 static void make_heap(size_t pages)
 {
 	heap_pages = pages;
+	if (!pages)
+		return;
 	heap = map(pages * PAGE, MAP_PRIVATE);
 	for (size_t i = 0; i < pages; i++)
 		fill(heap + i * WORDS, HEAP + me, i);
@@ -535,6 +537,7 @@ int main(int argc, char **argv)
 			return fputs(usage, stderr), 2;
 	}
 	setsid(); /* fails when the caller has done it */
+	close_range(3, ~0U, 0); /* what a caller's caller left open could not be restored */
 	if (chdir("/"))
 		die("/");
 	clock_gettime(CLOCK_REALTIME, &now);

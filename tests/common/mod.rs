@@ -225,6 +225,15 @@ pub fn connect(path: &Path) -> UnixStream {
     socket
 }
 
+/// Waits until the other side has closed, with or without a reset.
+pub fn assert_closed(client: &mut impl Read) {
+    match client.read(&mut [0; 16]) {
+        Ok(0) => {}
+        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {}
+        other => panic!("the connection is not closed: {other:?}"),
+    }
+}
+
 /// Reads one object as CRIU does: a read for the length, a read for the body, short is an error.
 pub fn read_object(from: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut length = [0; 4];

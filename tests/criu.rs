@@ -1,0 +1,269 @@
+//! Real processes, moved by the real CRIU through the real program: `criu dump --stream`, `criu-relay proxy`, TCP,
+//! `criu-relay cache`, `criu restore --stream`.
+//!
+//! CRIU comes from tests/fetch-criu.sh. Both hosts are this one: the copy lives in a PID namespace of its own, and
+//! answers through files in the same directory as the original. Where CRIU can't run each test says `SKIPPED`.
+
+#[path = "criu/harness.rs"]
+mod harness;
+
+use std::process::Command;
+use std::time::Duration;
+
+use harness::{Answer, Bench, Daemon, Netns, PATIENCE, Process, ThreadWatch, free_port, wait_for};
+use rustix::process::Signal;
+
+/// Both daemons with their link, and a workload that is well.
+struct Migration {
+    // In the order in which they are ended.
+    workload: Process,
+    before: Answer,
+    proxy: Daemon,
+    cache: Daemon,
+    bench: Bench,
+}
+
+impl Migration {
+    fn new(test: &str, workload: &[&str], cache: &[&str]) -> Option<Self> {
+        let bench = Bench::new(test)?;
+        let cache = bench.cache(cache);
+        let mut proxy = bench.proxy(cache.port, &[]);
+        proxy.logs("connected to");
+        let workload = bench.workload(workload);
+        let before = bench.ask();
+        assert_eq!(before.pid, workload.pid());
+        Some(Self { workload, before, proxy, cache, bench })
+    }
+
+    fn dump(&mut self) {
+        assert_eq!(self.bench.dump(&self.workload).end(), 0, "criu dump");
+        assert_eq!(self.workload.end(), -9, "CRIU kills what it has dumped");
+    }
+
+    /// The copy is well, and it is the same process.
+    fn check_copy(&self) {
+        check_copy(&self.bench, &self.before);
+    }
+
+    fn check_exits(&mut self) {
+        assert_eq!(self.proxy.process.end(), 0, "the proxy");
+        assert_eq!(self.cache.process.end(), 0, "the cache");
+    }
+}
+
+fn check_copy(bench: &Bench, before: &Answer) {
+    let after = bench.ask();
+    assert_eq!((after.pid, after.processes), (before.pid, before.processes));
+    assert!(after.counter > before.counter, "it went on: {before:?}, {after:?}");
+}
+
+#[test]
+fn one_process_and_daemons_of_one_thread() {
+    let Some(mut m) = Migration::new("one_process_and_daemons_of_one_thread", &[], &[]) else { return };
+    let threads = ThreadWatch::new(&[&m.proxy.process, &m.cache.process]);
+    m.dump();
+    let _copy = m.bench.restore();
+    m.check_copy();
+    m.check_exits();
+    for (times, most) in threads.seen() {
+        assert!(times > 20, "looked at {times} times only");
+        assert_eq!(most, 1, "threads");
+    }
+}
+
+#[test]
+fn a_tree() {
+    let Some(mut m) = Migration::new("a_tree", &["--tree"], &[]) else { return };
+    assert_eq!(m.before.processes, 4);
+    m.dump();
+    let _copy = m.bench.restore();
+    m.check_copy();
+    m.check_exits();
+}
+
+#[test]
+fn half_a_gigabyte() {
+    let Some(mut m) = Migration::new("half_a_gigabyte", &["--heap", "512"], &[]) else { return };
+    m.dump();
+    let _copy = m.bench.restore();
+    m.check_copy();
+    m.check_exits();
+}
+
+#[test]
+fn a_dump_that_fails_half_way() {
+    let Some(mut m) = Migration::new("a_dump_that_fails_half_way", &["--tree", "--tcp"], &[]) else { return };
+    let mut copy = m.bench.restore();
+    m.cache.serves();
+    assert_ne!(m.bench.dump(&m.workload).end(), 0, "criu dump");
+    assert_ne!(copy.process.end_within(Duration::from_secs(1)), 0, "criu restore");
+    assert_eq!(m.proxy.process.end(), 1, "the proxy");
+    assert_eq!(m.cache.process.end(), 1, "the cache");
+    assert!(m.proxy.has_logged(" taken"), "it has failed half-way, not before");
+    assert!(m.proxy.has_logged("the dump failed"));
+    assert!(m.cache.has_logged("the dump failed"));
+    let after = m.bench.ask();
+    assert_eq!((after.pid, m.workload.ended()), (m.before.pid, None), "the source went on");
+}
+
+#[test]
+fn a_restore_that_waits_for_the_dump() {
+    let Some(mut m) = Migration::new("a_restore_that_waits_for_the_dump", &["--tree"], &[]) else { return };
+    let mut copy = m.bench.restore();
+    m.cache.serves();
+    m.dump();
+    m.check_copy();
+    m.check_exits();
+    assert_eq!(copy.process.ended(), None);
+}
+
+#[test]
+fn restored_again_and_again() {
+    let Some(mut m) = Migration::new("restored_again_and_again", &[], &["--keep"]) else { return };
+    m.dump();
+    assert_eq!(m.proxy.process.end(), 0, "the proxy");
+    for _ in 0..3 {
+        let mut copy = m.bench.restore();
+        m.check_copy();
+        copy.kill();
+    }
+    let successes = |cache: &Daemon| cache.log().matches("taken for a success").count();
+    wait_for("third success in the cache's log", PATIENCE, || (successes(&m.cache) == 3).then_some(()));
+    m.cache.process.signal(Signal::TERM);
+    assert_eq!(m.cache.process.end(), 0, "the cache");
+}
+
+#[test]
+fn a_restore_whose_pid_is_taken() {
+    let Some(mut m) = Migration::new("a_restore_whose_pid_is_taken", &[], &[]) else { return };
+    m.dump();
+    assert_eq!(m.proxy.process.end(), 0, "the proxy");
+    assert_eq!(m.bench.restore_with_taken(m.before.pid).process.end(), 1, "criu restore");
+    m.cache.logs("it failed; all");
+    let _copy = m.bench.restore();
+    m.check_copy();
+    assert_eq!(m.cache.process.end(), 0, "the cache");
+    assert!(m.cache.has_logged("taken for a success"));
+}
+
+// CRIU's one thread is at a pipe that nobody empties.
+fn is_blocked(criu: &mut Process) {
+    let place = format!("/proc/{}/wchan", criu.pid());
+    wait_for("criu dump that is blocked", PATIENCE, || {
+        assert_eq!(criu.ended(), None, "criu dump has not waited");
+        std::fs::read_to_string(&place).is_ok_and(|place| place.starts_with("pipe_w")).then_some(())
+    });
+}
+
+#[test]
+fn a_cache_that_comes_late() {
+    let Some(bench) = Bench::new("a_cache_that_comes_late") else { return };
+    let port = free_port();
+    let mut proxy = bench.proxy(port, &[]);
+    let mut workload = bench.workload(&["--heap", "64"]);
+    let before = bench.ask();
+    let mut dump = bench.dump(&workload);
+    proxy.logs("a dump begins");
+    is_blocked(&mut dump);
+    assert!(!proxy.has_logged("connected to"));
+    let mut cache = bench.cache_at(port, &[]);
+    assert_eq!(dump.end(), 0, "criu dump");
+    assert_eq!(workload.end(), -9);
+    let _copy = bench.restore();
+    check_copy(&bench, &before);
+    assert_eq!(proxy.process.end(), 0, "the proxy");
+    assert_eq!(cache.process.end(), 0, "the cache");
+}
+
+#[test]
+fn a_cache_that_is_lost_with_the_images() {
+    let test = "a_cache_that_is_lost_with_the_images";
+    let Some(mut m) = Migration::new(test, &["--heap", "64"], &[]) else { return };
+    // It reads nothing, and its socket can't hold everything.
+    m.cache.process.signal(Signal::STOP);
+    m.dump();
+    m.proxy.logs("the dump is complete");
+    m.cache.process.signal(Signal::KILL);
+    assert_eq!(m.cache.process.end(), -9);
+    m.proxy.logs("the link to the cache is lost");
+    m.cache = m.bench.cache_at(m.cache.port, &[]);
+    m.proxy.logs("sent anew");
+    let _copy = m.bench.restore();
+    m.check_copy();
+    m.check_exits();
+}
+
+#[test]
+fn no_cache_at_all() {
+    let Some(bench) = Bench::new("no_cache_at_all") else { return };
+    let mut proxy = bench.proxy(free_port(), &["--connect-timeout", "1"]);
+    let mut workload = bench.workload(&["--heap", "64"]);
+    let before = bench.ask();
+    assert_ne!(bench.dump(&workload).end(), 0, "criu dump");
+    assert_eq!(proxy.process.end(), 1, "the proxy");
+    assert_eq!((bench.ask().pid, workload.ended()), (before.pid, None), "the source went on");
+}
+
+// Two hosts: 10.77.0.1 and 10.77.0.2.
+fn two_hosts() -> Result<[Netns; 2], String> {
+    let ip = |args: &str| match Command::new("ip").args(args.split_whitespace()).output() {
+        Ok(done) if done.status.success() => Ok(()),
+        Ok(done) => Err(format!("ip {args}: {}", String::from_utf8_lossy(&done.stderr).trim())),
+        Err(error) => Err(format!("ip: {error}")),
+    };
+    let hosts = ["a", "b"].map(|host| Netns(format!("criu-{host}-{}", std::process::id())));
+    let [a, b] = [&hosts[0].0, &hosts[1].0];
+    ip(&format!("netns add {a}"))?;
+    ip(&format!("netns add {b}"))?;
+    ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"))?;
+    for (host, address) in [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")] {
+        ip(&format!("-n {host} address add {address} dev veth0"))?;
+        ip(&format!("-n {host} link set veth0 up"))?;
+        ip(&format!("-n {host} link set lo up"))?;
+    }
+    Ok(hosts)
+}
+
+#[test]
+fn two_network_namespaces() {
+    let test = "two_network_namespaces";
+    let Some(mut bench) = Bench::new(test) else { return };
+    match two_hosts() {
+        Ok(hosts) => bench.netns = Some(hosts),
+        Err(why) => return harness::skip(test, &why),
+    }
+    let mut cache = bench.cache_at(9996, &["--address", "10.77.0.2", "--allow-peer", "10.77.0.1"]);
+    let mut copy = bench.restore();
+    cache.serves();
+    let mut proxy = bench.proxy(9996, &["--address", "10.77.0.2"]);
+    let mut workload = bench.workload(&["--tree", "--heap", "16"]);
+    let before = bench.ask();
+    assert_eq!(bench.dump(&workload).end(), 0, "criu dump");
+    assert_eq!(workload.end(), -9);
+    check_copy(&bench, &before);
+    assert_eq!(copy.process.ended(), None);
+    assert_eq!(proxy.process.end(), 0, "the proxy");
+    assert_eq!(cache.process.end(), 0, "the cache");
+}
+
+#[test]
+fn a_signal_while_the_proxy_has_the_only_copy() {
+    let Some(bench) = Bench::new("a_signal_while_the_proxy_has_the_only_copy") else { return };
+    let mut proxy = bench.proxy(free_port(), &["-v3"]);
+    // All of it fits into pipes.
+    let mut workload = bench.workload(&["--heap", "0"]);
+    assert_eq!(bench.dump(&workload).end(), 0, "criu dump");
+    assert_eq!(workload.end(), -9);
+    proxy.logs("the dump is complete");
+    proxy.process.signal(Signal::TERM);
+    let stays = "it stays until they are sent";
+    proxy.logs(stays);
+    wait_for("further attempt to connect", PATIENCE, || {
+        proxy.log().split_once(stays).is_some_and(|(_, later)| later.contains("no link: ")).then_some(())
+    });
+    proxy.process.signal(Signal::TERM);
+    assert_eq!(proxy.process.end(), 1, "the proxy");
+    assert!(
+        proxy.log().split_once(stays).is_some_and(|(_, later)| later.contains(" of its images are dropped"))
+    );
+}

@@ -1,0 +1,160 @@
+#!/bin/bash
+# Migrates a real process on this one host, and tells what happens. As root, from anywhere:
+#
+#     tests/demo.sh
+#
+# Exit status: 0 the process went on, verified; 77 CRIU can't run here; anything else is a failure.
+set -euo pipefail
+umask 077
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+mib=64
+started=()
+work=
+
+say() { printf '%s\n' "$*"; }
+fail() {
+    say "FAILED: $*" >&2
+    exit 1
+}
+
+cleanup() {
+    local status=$? log
+    trap - EXIT
+    if [[ $status != 0 && $status != 77 && -n $work ]]; then
+        for log in "$work"/*.log "$work"/*/*.log; do
+            [[ -s $log ]] && { say "--- ${log#"$work"/}" && tail -n 15 "$log"; } >&2
+        done
+    fi
+    # Those that have not been seen to end.
+    for pid in ${started[@]+"${started[@]}"}; do
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+    wait 2>/dev/null || true
+    [[ -z $work ]] || rm -rf "$work"
+    exit "$status"
+}
+trap cleanup EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# start NAME COMMAND...: in the background; its pid in $pid, what it prints in NAME.out and NAME.log.
+start() {
+    local name=$1
+    shift
+    "$@" </dev/null >"$work/$name.out" 2>"$work/$name.log" &
+    pid=$!
+    started+=("$pid")
+}
+
+# until_true SECONDS WHAT COMMAND...
+until_true() {
+    local deadline=$((SECONDS + $1 + 1)) what=$2
+    shift 2
+    until "$@" 2>/dev/null; do
+        ((SECONDS < deadline)) || fail "waited in vain for $what"
+        sleep 0.02
+    done
+}
+has_ended() { ! kill -0 "$1" 2>/dev/null; }
+
+# until_ended PID NAME
+until_ended() {
+    local i
+    until_true 60 "the end of $2" has_ended "$1"
+    for i in "${!started[@]}"; do
+        [[ ${started[i]} != "$1" ]] || unset "started[i]"
+    done
+}
+
+# exit_status PID NAME: waits for its end; the status is in $status.
+exit_status() {
+    until_ended "$1" "$2"
+    status=0
+    wait "$1" || status=$?
+}
+
+# ask: has the process check all of its memory; its own counter is in $counter.
+ask() {
+    rm -f "$work/app/answer"
+    : >"$work/app/ask"
+    until_true 30 "an answer of the process" test -e "$work/app/answer"
+    local answer
+    answer=$(<"$work/app/answer")
+    [[ $answer == "ok counter="*" pid=$process "* ]] || fail "the process answers: $answer"
+    counter=${answer#ok counter=}
+    counter=${counter%% *}
+}
+
+# --- what is needed
+
+if [[ $(id -u) != 0 ]]; then
+    say "CRIU needs root, and this is user $(id -u)." >&2
+    exit 77
+fi
+say "Building criu-relay, and getting a CRIU that runs here (target/criu) ..."
+cargo build --release --locked
+relay=${CARGO_TARGET_DIR:-target}/release/criu-relay
+status=0
+tests/fetch-criu.sh || status=$?
+[[ $status == 0 ]] || exit "$status" # it has said why
+criu=$PWD/target/criu/criu
+work=$(mktemp -d)
+mkdir "$work"/{app,source,target}
+cc -O2 -pthread -o "$work/workload" tests/workload.c
+
+# --- the destination
+
+start cache "$relay" cache -D "$work/target" --port 0
+cache=$pid
+until_true 10 "the cache" test -s "$work/cache.out"
+address=$(<"$work/cache.out")
+say "destination: criu-relay cache listens at $address"
+
+start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$work/target" -v4 -o restore.log
+restore=$pid
+say "destination: criu restore --stream waits for a process, in a PID namespace of its own"
+
+# --- the source
+
+start proxy "$relay" proxy -D "$work/source" --port "${address##*:}"
+proxy=$pid
+until_true 10 "the link" grep -q 'connected to' "$work/proxy.log"
+say "source:      criu-relay proxy is connected to it"
+
+start process "$work/workload" "$work/app" --heap "$mib"
+process=$pid
+disown "$process" # bash need not tell that it was killed
+until_true 30 "the process that is to be moved" test -e "$work/app/ready"
+ask
+before=$counter
+say "source:      process $process runs, with $mib MiB of random memory; its counter is at $before"
+
+say "source:      criu dump --stream freezes it and hands its memory over ..."
+begin=${EPOCHREALTIME/[.,]/}
+start dump "$criu" dump --stream -D "$work/source" -t "$process" -v4 -o dump.log
+exit_status "$pid" "criu dump"
+dumped=$status
+[[ $dumped == 0 ]] || fail "criu dump: exit $dumped"
+until_ended "$process" "the original"
+say "source:      criu dump: exit 0; the original is gone"
+
+# --- the destination again
+
+exit_status "$proxy" "the proxy"
+from_proxy=$status
+exit_status "$cache" "the cache"
+from_cache=$status
+took=$(((${EPOCHREALTIME/[.,]/} - begin) / 1000))
+[[ $from_proxy == 0 && $from_cache == 0 ]] || fail "the proxy: exit $from_proxy, the cache: exit $from_cache"
+say "destination: all done $took ms after the dump began"
+ask
+((counter > before)) || fail "the counter went from $before to $counter"
+! has_ended "$restore" || fail "criu restore has ended"
+files=$(find "$work" -name '*.img')
+[[ -z $files ]] || fail "images on disk: $files"
+say "destination: process $process has checked its memory; its counter is at $counter; no image was ever a file"
+
+say "migrated: process $process ($mib MiB) went on from counter $before on the other side, memory verified;" \
+    "proxy exit $from_proxy, cache exit $from_cache"
