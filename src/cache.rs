@@ -146,7 +146,6 @@ pub struct Cache {
     block: Vec<u8>,
     bodies: Bodies,
     session: Sink,
-    keep: bool,
     exit: Option<Exit>,
     // Restored: leave as soon as nobody reads any more.
     leaving: bool,
@@ -194,7 +193,6 @@ impl Cache {
             block: vec![0; pump::BLOCK],
             bodies: Bodies::new(setup.max_memfds),
             session: Sink::new(setup.keep),
-            keep: setup.keep,
             exit: None,
             leaving: false,
             failing: None,
@@ -330,7 +328,7 @@ impl Cache {
             Ok(Arrival::Again) => self.conns.again(id),
             Ok(Arrival::End) => {
                 self.conns.remove(id);
-                let outcome = self.incoming.check_remote(&self.bodies);
+                let outcome = self.incoming.check(&self.bodies);
                 self.session_ended(outcome);
             }
             Err(why) => self.close(id, Some(why)),
@@ -344,7 +342,7 @@ impl Cache {
             let images = std::mem::take(&mut self.incoming);
             log::info!("the dump is complete: {} images, {}", images.len(), pump::human(images.bytes()));
             if let Some(old) = self.last.replace(Rc::new(images)) {
-                if !self.session.is_restored() {
+                if self.session.has_only_copy() {
                     log::warn!(
                         "the dump before it, of {} images, was never restored; it is dropped",
                         old.len()
@@ -577,14 +575,14 @@ impl Cache {
                  process; ask once more to drop it",
                 self.last.as_ref().map_or(0, |images| images.len())
             ),
-            Decision::Over(Ok(())) => self.leaving = !self.keep,
+            Decision::Over(Ok(())) => self.leaving = !self.session.stays(),
             Decision::Over(Err(why)) => {
                 match self.incoming.len() {
                     0 => log::error!("{why}"),
                     images => log::error!("{why}; {images} images that were complete are dropped"),
                 }
                 self.incoming.clear(&mut self.bodies);
-                if !self.keep {
+                if !self.session.stays() && !self.session.has_only_copy() {
                     self.failing = Some(FAREWELL);
                 }
             }
@@ -722,6 +720,7 @@ impl Role for Cache {
     }
 
     fn terminate(&mut self, signal: Ask) -> Option<Exit> {
+        let only_copy = self.session.has_only_copy();
         let decision = self.session.terminate(signal);
         let exit = match &decision {
             Decision::Over(Ok(())) => Some(Exit::Done),
@@ -729,6 +728,9 @@ impl Role for Cache {
             _ => None,
         };
         self.decide(decision);
+        if let (Some(_), true, Some(images)) = (exit, only_copy, &self.last) {
+            log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
+        }
         exit
     }
 }

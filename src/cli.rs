@@ -195,9 +195,10 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
             "port" => port = parser.value()?.parse()?,
             "allow-peer" => allow_peer.push(parser.value()?.parse()?),
             "ps-socket" => ps_socket = Some(descriptor(&parser.value()?)?),
-            "connect-timeout" => {
-                connect_timeout = Duration::from_secs(parser.value()?.parse::<u32>()?.into())
-            }
+            "connect-timeout" => match parser.value()?.parse::<u32>()? {
+                0 => return Err("--connect-timeout is 1 second at least".into()),
+                seconds => connect_timeout = Duration::from_secs(seconds.into()),
+            },
             "keep" => keep = true,
             "daemon" => daemon = true,
             "pidfile" => pidfile = Some(PathBuf::from(parser.value()?)),
@@ -370,6 +371,7 @@ mod tests {
             "proxy --ps-socket 3 --address host",
             "proxy --keep=yes",
             "proxy --connect-timeout -3",
+            "proxy --connect-timeout 0",
         ] {
             assert!(options(args).is_err(), "{args}");
         }

@@ -108,7 +108,6 @@ pub struct Proxy {
     bodies: Bodies,
     images: Catalog,
     session: Source,
-    keep: bool,
     exit: Option<Exit>,
     draining: bool,
 
@@ -157,7 +156,6 @@ impl Proxy {
             bodies: Bodies::new(setup.max_memfds),
             images: Catalog::default(),
             session,
-            keep: setup.keep,
             exit: None,
             draining: false,
             accepted: 0,
@@ -241,7 +239,11 @@ impl Proxy {
                 }
                 Err(why) => self.close(id, Some(why.into())),
             },
-            Some(Request::Finish { .. }) => {
+            // The finish of a restore, at the wrong daemon.
+            Some(Request::Finish { answer: true }) => {
+                self.close(id, Some("was refused: a restore finishes at img-cache.sock".into()));
+            }
+            Some(Request::Finish { answer: false }) => {
                 self.close(id, None);
                 // One is enough; the last counts, should CRIU have sent another.
                 self.finish = Some(order);
@@ -509,7 +511,15 @@ impl Proxy {
         {
             link.reset();
         }
-        self.capture = None;
+        // What has not asked for anything yet belongs to no session.
+        let capture = self.capture.take();
+        let ours = self.conns.iter().filter(|(id, conn)| match conn {
+            Conn::Capture(_) => Some(*id) == capture,
+            Conn::Remote(client) => client.has_asked(),
+            Conn::Pipe(_) => true,
+            Conn::Link(_) | Conn::Local(_) => false,
+        });
+        let ours: Vec<_> = ours.map(|(id, _)| id).collect();
         self.inventory_opened = false;
         self.finish = None;
         self.fence = Fence::default();
@@ -517,8 +527,7 @@ impl Proxy {
         self.waits = Waits::default();
         self.open_writes.clear();
         self.pipes.clear();
-        let clients = self.conns.iter().filter(|(_, conn)| !matches!(conn, Conn::Local(_)));
-        for id in clients.map(|(id, _)| id).collect::<Vec<_>>() {
+        for id in ours {
             let body = match self.conns.remove(id) {
                 Some(Conn::Remote(client)) => client.body(),
                 Some(Conn::Pipe(pipe)) => Some(pipe.inflow.body),
@@ -530,7 +539,7 @@ impl Proxy {
         }
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
-        if !self.keep {
+        if !self.session.stays() {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
         } else if self.session.is_idle() {
             self.session.link_lost("the session is over", false);
@@ -692,7 +701,7 @@ impl Proxy {
             && dialer.gave_up(now)
         {
             let why = dialer.why();
-            if self.keep && self.session.is_idle() {
+            if self.session.stays() && self.session.is_idle() {
                 log::warn!("{why} The search goes on.");
             }
             // Otherwise the search that is under way has no end any more.

@@ -112,6 +112,11 @@ impl Source {
         matches!(self.dump, Dump::None | Dump::Spoiled)
     }
 
+    /// Whether another session may follow.
+    pub fn stays(&self) -> bool {
+        self.keep && !self.asked_to_go
+    }
+
     /// Whether a link stands.
     pub fn is_linked(&self) -> bool {
         self.linked
@@ -213,7 +218,6 @@ impl Source {
     fn over(&mut self, outcome: Result<(), String>, criu_goes_on: bool) -> Decision {
         let remote = self.dump == Dump::Running(Dialect::Remote);
         self.dump = if remote && criu_goes_on { Dump::Spoiled } else { Dump::None };
-        self.asked_to_go = false;
         self.last = Some(outcome.as_ref().map(|_| ()).map_err(|_| ()));
         Decision::Over(outcome)
     }
@@ -258,7 +262,7 @@ impl Sink {
         if self.receiving {
             return Err("was refused: a session is in progress, one at a time");
         }
-        if self.held != Held::Nothing && !self.keep {
+        if !self.takes_peers() {
             return Err("was refused: this cache has its dump already (--keep takes another)");
         }
         self.receiving = true;
@@ -270,14 +274,19 @@ impl Sink {
         self.receiving
     }
 
-    /// Whether the last complete session has been restored.
-    pub fn is_restored(&self) -> bool {
-        self.held == Held::Restored
+    /// Whether the last complete session has not been restored.
+    pub fn has_only_copy(&self) -> bool {
+        self.held == Held::Unrestored
     }
 
     /// Whether a peer may still come.
     pub fn takes_peers(&self) -> bool {
-        self.keep || self.held == Held::Nothing
+        self.stays() || self.held == Held::Nothing
+    }
+
+    /// Whether another session may follow.
+    pub fn stays(&self) -> bool {
+        self.keep && !self.asked_to_go
     }
 
     /// The peer has ended. `outcome`: whether what it left is a complete dump.
@@ -286,7 +295,6 @@ impl Sink {
         match outcome {
             Ok(()) => {
                 self.held = Held::Unrestored;
-                self.asked_to_go = false;
                 Decision::Nothing
             }
             Err(why) => {
@@ -435,6 +443,25 @@ mod tests {
     }
 
     #[test]
+    fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
+        let mut source = Source::new(true);
+        source.link_up();
+        source.request(Dialect::Stream).unwrap();
+        source.ended(Ok(()));
+        assert!(source.stays());
+        assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
+        assert_eq!(over(&source.delivered()), Some(true));
+        assert!(!source.stays());
+        let mut sink = Sink::new(true);
+        sink.peer().unwrap();
+        sink.peer_ended(Ok(()));
+        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+        assert!(sink.peer().is_err());
+        assert_eq!(over(&sink.restore_ended(true)), Some(true));
+        assert!(!sink.stays());
+    }
+
+    #[test]
     fn a_cache_that_keeps_takes_the_next() {
         let mut sink = Sink::new(true);
         assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
@@ -442,11 +469,22 @@ mod tests {
         assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
         sink.peer().unwrap();
         sink.peer_ended(Ok(()));
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
+        assert!(sink.has_only_copy());
         sink.restore_ended(true);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
         sink.peer().unwrap();
         assert_eq!(over(&sink.terminate(Ask::End)), Some(false), "a transfer is cut off");
+    }
+
+    #[test]
+    fn what_was_not_restored_is_given_up_at_the_second_request() {
+        for keep in [false, true] {
+            let mut sink = Sink::new(keep);
+            sink.peer().unwrap();
+            sink.peer_ended(Ok(()));
+            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
+            assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
+            assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
+        }
     }
 }

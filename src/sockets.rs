@@ -119,9 +119,11 @@ fn free_place(dir: &Path, path: &Path) -> Result<OwnedFd, String> {
     let kind = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(lock),
         Err(error) => return Err(format!("{}: {error}", path.display())),
-        Ok(meta) => meta.file_type(),
+        // A link may point to nothing, but not to something else.
+        Ok(meta) if meta.is_symlink() => fs::metadata(path).ok().map(|target| target.file_type()),
+        Ok(meta) => Some(meta.file_type()),
     };
-    if !kind.is_socket() && !kind.is_symlink() {
+    if kind.is_some_and(|kind| !kind.is_socket()) {
         return Err(format!("{} is there already and is no socket", path.display()));
     }
     let answer = SocketAddrUnix::new(path).and_then(|address| {
@@ -271,6 +273,11 @@ mod tests {
             assert!(error.contains(why), "{error}");
         };
         refused(&dir.0, "no socket");
+        let linked = dir.0.join("linked");
+        fs::create_dir(&linked).unwrap();
+        fs::set_permissions(&linked, fs::Permissions::from_mode(0o700)).unwrap();
+        symlink(dir.0.join("x.sock"), linked.join("x.sock")).unwrap();
+        refused(&linked, "no socket");
         refused(&dir.0.join("missing"), "No such file");
         refused(&dir.0.join("x.sock"), "not a directory");
         let long = dir.0.join("d".repeat(MAX_PATH));

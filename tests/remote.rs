@@ -247,6 +247,23 @@ fn bad_input_ends_that_client_alone() {
 }
 
 #[test]
+fn no_finish_is_lost_however_soon_criu_closes() {
+    const TIMES: usize = 2000;
+    let mut cache = Daemon::cache(&["--keep"]);
+    let header = criu::encode_request(&key("d", "x"), None);
+    for i in 0..TIMES {
+        let mut client = connect(&img_cache(&cache));
+        client.write_all(&[2 + 2 + 2, 0, 0, 0, 0x0a, 0, 0x12, 0, 0x18, 0]).unwrap();
+        // Sooner or later after the header, so that every moment is hit.
+        for _ in 0..i % 300 {
+            std::hint::black_box(&header);
+        }
+        drop(client);
+    }
+    cache.wait_log_times("a restore ended before there was a complete dump", TIMES);
+}
+
+#[test]
 fn a_writer_at_the_cache_is_refused() {
     let mut cache = Daemon::cache(&[]);
     let mut client = open_remote(&img_cache(&cache), &key("/d", "a.img"), Some(WriteMode::Append));

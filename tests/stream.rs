@@ -323,6 +323,79 @@ fn the_only_copy_stays_until_it_is_delivered() {
 }
 
 #[test]
+fn a_peer_that_shuts_its_half_has_not_read_everything() {
+    let (listener, port) = old_listener();
+    let mut proxy = Daemon::proxy(port, &[]);
+    let (link, _) = listener.accept().unwrap();
+    proxy.wait_log("connected to");
+    let mut dump = Dump::connect(&proxy);
+    // More than the buffers between us: the rest stays with the proxy.
+    let pages = pattern(16 << 20, 4);
+    dump.write("pages-1.img", &pages);
+    dump.end();
+    proxy.wait_log("the dump is complete");
+    link.shutdown(std::net::Shutdown::Write).unwrap();
+    proxy.wait_log("the link to the cache is lost");
+    drop(link);
+    let (images, end) = old_cache(listener.accept().unwrap().0);
+    assert!(end == LinkEnd::InOrder && images[&key("", "pages-1.img")] == pages);
+    assert_eq!(proxy.wait(), 0);
+
+    // The same when the proxy has shut its own half already: nothing but the acknowledgement counts.
+    let mut proxy = Daemon::proxy(port, &[]);
+    let (link, _) = listener.accept().unwrap();
+    proxy.wait_log("connected to");
+    let mut dump = Dump::connect(&proxy);
+    let pages = pattern(200_000, 4);
+    rustix::net::sockopt::set_socket_recv_buffer_size(&link, 4096).unwrap();
+    dump.write("pages-1.img", &pages);
+    dump.end();
+    proxy.wait_log("inventory.img: 13 bytes sent");
+    link.shutdown(std::net::Shutdown::Write).unwrap();
+    drop(link);
+    proxy.wait_log("the link to the cache is lost");
+    let (images, _) = old_cache(listener.accept().unwrap().0);
+    assert!(images[&key("", "pages-1.img")] == pages);
+    assert_eq!(proxy.wait(), 0);
+}
+
+#[test]
+fn a_dump_cut_off_in_order_is_no_dump() {
+    // As an ssh tunnel ends one that was reset.
+    let mut cache = Daemon::cache(&[]);
+    let mut restore = Restore::connect(&cache);
+    restore.ask("inventory.img");
+    let mut peer = OldProxy::connect(&cache);
+    peer.send(&key("", "core-1.img"), b"core");
+    drop(peer);
+    assert_eq!(restore.answer(), None);
+    assert_eq!(cache.wait(), 1);
+    assert!(cache.log().contains("without a complete inventory.img"));
+}
+
+#[test]
+fn a_daemon_asked_to_go_leaves_when_its_work_is_done() {
+    let mut cache = Daemon::cache(&["--keep"]);
+    let mut proxy = Daemon::proxy(cache.port, &["--keep"]);
+    cache.signal(Signal::STOP);
+    let mut dump = Dump::connect(&proxy);
+    dump.write("pages-1.img", &pattern(16 << 20, 1));
+    dump.end();
+    proxy.wait_log("the dump is complete");
+    proxy.signal(Signal::TERM);
+    proxy.wait_log("ask once more");
+    cache.signal(Signal::CONT);
+    assert_eq!(proxy.wait(), 0);
+    cache.wait_log("the dump is complete");
+    cache.signal(Signal::TERM);
+    cache.wait_log("ask once more");
+    let mut restore = Restore::connect(&cache);
+    assert!(restore.read("inventory.img").is_some() && restore.read("pages-1.img").is_some());
+    drop(restore);
+    assert_eq!(cache.wait(), 0);
+}
+
+#[test]
 fn the_only_copy_is_dropped_at_the_second_signal() {
     let (listener, port) = old_listener();
     drop(listener);

@@ -25,12 +25,14 @@ pub struct Listener<K> {
     fd: OwnedFd,
     kind: K,
     paused: Option<Instant>,
+    // Whether the log knows that there are too many.
+    told: bool,
 }
 
 impl<K: Copy> Listener<K> {
     /// Takes over a non-blocking, listening socket.
     pub fn new(fd: OwnedFd, kind: K) -> Self {
-        Self { fd, kind, paused: None }
+        Self { fd, kind, paused: None, told: false }
     }
 
     /// What is accepted here.
@@ -49,7 +51,10 @@ impl<K: Copy> Listener<K> {
             }
             match accept_with(&self.fd, net::SOCKET) {
                 Ok(fd) => accepted.push(fd),
-                Err(Errno::AGAIN) => return (accepted, Flow::Wait),
+                Err(Errno::AGAIN) => {
+                    self.told = false;
+                    return (accepted, Flow::Wait);
+                }
                 // The peer gave up while it waited.
                 Err(Errno::CONNABORTED | Errno::INTR | Errno::PROTO | Errno::PERM) => {}
                 Err(error) => {
@@ -62,7 +67,9 @@ impl<K: Copy> Listener<K> {
     }
 
     fn pause(&mut self, why: String) {
-        log::warn!("accepting pauses for {} ms: {why}", PAUSE.as_millis());
+        if !std::mem::replace(&mut self.told, true) {
+            log::warn!("accepting pauses until there is room again: {why}");
+        }
         self.paused = Some(Instant::now() + PAUSE);
     }
 

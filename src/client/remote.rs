@@ -84,6 +84,11 @@ impl RemoteClient {
         }
     }
 
+    /// Whether its header is complete.
+    pub fn has_asked(&self) -> bool {
+        !matches!(self.state, State::Header { .. })
+    }
+
     /// The body that is held for it.
     pub fn body(&self) -> Option<BodyId> {
         match &self.state {
@@ -158,8 +163,9 @@ impl RemoteClient {
     pub fn step(&mut self, bodies: &mut Bodies, block: &mut [u8], draining: bool) -> Result<Step, String> {
         match &mut self.state {
             State::Header { .. } => self.read_header(block),
-            State::Queued { request: Request::Write(..), .. } => Ok(Step::Wait),
-            State::Queued { .. } => match net::is_hung_up(self.fd.as_fd()) {
+            // What it wants stands, whether it stays or not.
+            State::Queued { request: Request::Write(..) | Request::Finish { .. }, .. } => Ok(Step::Wait),
+            State::Queued { request: Request::Read(_), .. } => match net::is_hung_up(self.fd.as_fd()) {
                 true => Ok(Step::Over),
                 false => Ok(Step::Wait),
             },
@@ -299,8 +305,8 @@ impl Pollable for RemoteClient {
         match &self.state {
             State::Header { .. } | State::Writing(_) => Some(Interest::READABLE),
             // A waiting writer's bytes and end keep; a waiting reader that goes away is to be seen.
-            State::Queued { request: Request::Write(..), .. } => None,
-            State::Queued { .. } => Some(Interest::READABLE),
+            State::Queued { request: Request::Write(..) | Request::Finish { .. }, .. } => None,
+            State::Queued { request: Request::Read(_), .. } => Some(Interest::READABLE),
             State::Reading { .. } if self.piped => Some(Interest::WRITABLE),
             State::Reading { sent: true, .. } => Some(Interest::READABLE),
             State::Reading { sent: false, .. } => Some(Interest::READABLE | Interest::WRITABLE),

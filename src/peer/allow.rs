@@ -38,13 +38,12 @@ impl Allowed {
     pub fn admits(self, peer: SocketAddr) -> bool {
         match self {
             Self::Any => true,
-            Self::Prefix(IpAddr::V4(net), bits) => match peer.ip().to_canonical() {
-                IpAddr::V4(ip) => same_head(net.to_bits().into(), ip.to_bits().into(), 32, bits),
-                IpAddr::V6(_) => false,
-            },
-            Self::Prefix(IpAddr::V6(net), bits) => match peer.ip() {
-                IpAddr::V6(ip) => same_head(net.to_bits(), ip.to_bits(), 128, bits),
-                IpAddr::V4(_) => false,
+            Self::Prefix(net, bits) => match (net, peer.ip().to_canonical()) {
+                (IpAddr::V4(net), IpAddr::V4(ip)) => {
+                    same_head(net.to_bits().into(), ip.to_bits().into(), 32, bits)
+                }
+                (IpAddr::V6(net), IpAddr::V6(ip)) => same_head(net.to_bits(), ip.to_bits(), 128, bits),
+                _ => false,
             },
         }
     }
@@ -69,6 +68,7 @@ mod tests {
         assert!(admits("10.0.0.0/9", "::ffff:10.1.1.1"));
         assert!(admits("fd00::/8", "fdff::1") && !admits("fd00::/8", "fe80::1"));
         assert!(admits("any", "::1") && admits("::/0", "fe80::1"));
+        assert!(!admits("::/0", "::ffff:9.9.9.9") && !admits("::/0", "9.9.9.9"));
         for wrong in ["", "10.0.0.0/33", "::1/129", "host", "10.0.0.0/", "10.0.0.0/-1"] {
             assert!(wrong.parse::<Allowed>().is_err(), "{wrong}");
         }

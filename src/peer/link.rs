@@ -103,18 +103,22 @@ impl Link {
                     Err(error) => LinkStep::Lost(error.to_string()),
                 }
             }
-            State::Closing { look_at } => match discard(&self.fd, block) {
-                Err(why) => LinkStep::Lost(why),
-                Ok(false) => LinkStep::Delivered,
-                Ok(true) if Instant::now() < *look_at => LinkStep::Wait,
-                Ok(true) => {
-                    *look_at = Instant::now() + LOOK;
-                    match unacknowledged(&self.fd) {
-                        Some(0) => LinkStep::Delivered,
-                        _ => LinkStep::Wait,
-                    }
+            State::Closing { look_at } => {
+                *look_at = Instant::now() + LOOK;
+                // Behind the peer's close a read says nothing of an error.
+                if let Ok(Err(error)) = sockopt::socket_error(&self.fd) {
+                    return LinkStep::Lost(error.to_string());
                 }
-            },
+                match (discard(&self.fd, block), unacknowledged(&self.fd)) {
+                    (Err(why), _) => LinkStep::Lost(why),
+                    (Ok(_), Some(0)) => LinkStep::Delivered,
+                    // A peer that closes its half has not read everything for that.
+                    (Ok(_), Some(_)) => LinkStep::Wait,
+                    // Only its close tells.
+                    (Ok(false), None) => LinkStep::Delivered,
+                    (Ok(true), None) => LinkStep::Wait,
+                }
+            }
         }
     }
 

@@ -162,6 +162,9 @@ impl Bodies {
 
     /// A copy of the bytes `from..to`. Only for what is known to be small.
     pub fn range(&self, id: BodyId, from: u64, to: u64) -> io::Result<Vec<u8>> {
+        if from > to || to > self.len(id) {
+            return Err(gone());
+        }
         let (file, start) = match self.content(id).ok_or_else(gone)? {
             Content::Inline(bytes) => {
                 return Ok(bytes.get(from as usize..to as usize).ok_or_else(gone)?.to_vec());
@@ -198,11 +201,13 @@ impl Bodies {
             Place::Arena(slot) => (self.arena.as_ref().ok_or_else(gone)?.as_fd(), slot_start(*slot)),
             Place::Inline(_) => return Err(gone()),
         };
-        if let Place::Inline(bytes) = &body.place
-            && let Err(error) = write_all(file, bytes, start)
-        {
+        let written = match &body.place {
+            Place::Inline(bytes) => write_all(file, bytes, start),
+            Place::Memfd(_) | Place::Arena(_) => Ok(()),
+        };
+        if let Err(error) = written {
             if let Place::Arena(slot) = place {
-                self.free_slots.push(slot);
+                self.free_slot(slot);
             }
             return Err(error);
         }

@@ -105,6 +105,18 @@ impl Catalog {
         }
     }
 
+    /// Whether this is a complete dump, of whichever dialect it is: images of the remote dialect belong to
+    /// a snapshot with a name. (The end of a link does not always tell: an ssh tunnel makes an orderly one
+    /// of a reset.)
+    pub fn check(&self, bodies: &Bodies) -> Result<(), String> {
+        let is_list = |key: &&Key| key.name[..] == *LIST && LIST_IDS.contains(&&key.snapshot_id[..]);
+        let mut others = self.keys().filter(|key| !is_list(key)).peekable();
+        if others.peek().is_some() && others.all(|key| key.snapshot_id.is_empty()) {
+            return self.check_stream();
+        }
+        self.check_remote(bodies)
+    }
+
     /// Whether the last dump of the remote dialect is complete: where the image `parent` is a list of
     /// ids, its last one needs an inventory.img. (Old CRIU finishes a failed dump as it does a good one.)
     pub fn check_remote(&self, bodies: &Bodies) -> Result<(), String> {
@@ -188,6 +200,20 @@ mod tests {
         assert!(catalog.check_stream().unwrap_err().contains("pre-dump"));
         add(&mut catalog, &mut bodies, Key::stream(PSTREE), b"x");
         assert_eq!(catalog.check_stream(), Ok(()));
+    }
+
+    #[test]
+    fn the_dialect_of_a_dump_is_seen_in_its_names() {
+        let (mut catalog, mut bodies) = (Catalog::default(), Bodies::new(1));
+        add(&mut catalog, &mut bodies, Key::new(*b"", LIST), &list(&[b"/d"]));
+        assert!(catalog.check(&bodies).unwrap_err().contains("/d"));
+        add(&mut catalog, &mut bodies, Key::new(*b"/d", INVENTORY), b"x");
+        assert_eq!(catalog.check(&bodies), Ok(()));
+        catalog.clear(&mut bodies);
+        add(&mut catalog, &mut bodies, Key::stream(PSTREE), b"x");
+        assert!(catalog.check(&bodies).unwrap_err().contains("inventory.img"));
+        add(&mut catalog, &mut bodies, Key::stream(INVENTORY), b"x");
+        assert_eq!(catalog.check(&bodies), Ok(()));
     }
 
     #[test]
