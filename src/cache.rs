@@ -258,7 +258,8 @@ impl Cache {
         if !self.allowed.is_empty() && !self.allowed.iter().any(|allowed| allowed.admits(address)) {
             return Err(format!("{address} is not among those that --allow-peer names"));
         }
-        if self.session.is_receiving() || !self.session.takes_peers() {
+        // With --keep the next peer waits its turn: refused, its whole session might be lost in the backlog.
+        if !self.session.takes_peers() || (self.session.is_receiving() && !self.session.stays()) {
             return Err(format!("{address}: this cache has its peer"));
         }
         let now = Instant::now();
@@ -267,7 +268,8 @@ impl Cache {
                 Some(Conn::Parked(parked)) => now >= parked.since() + PARKED_AT_LEAST,
                 _ => true,
             };
-            match self.parked.iter().copied().find(is_old) {
+            // The youngest of those that have had their time: the oldest may be a proxy that waits for its dump.
+            match self.parked.iter().rev().copied().find(is_old) {
                 Some(old) => self.close(old, Some("has to make room: it has sent nothing yet".into())),
                 None => return Err(format!("{address}: {MAX_PARKED} connections wait already")),
             }
@@ -281,6 +283,9 @@ impl Cache {
     // --- the peer
 
     fn step_parked(&mut self, id: Id) {
+        if self.session.is_receiving() {
+            return;
+        }
         let Some(Conn::Parked(parked)) = self.conns.get_mut(id) else { return };
         match parked.step(&mut self.block) {
             Ok(Shown::Nothing) => self.settle(id),
@@ -300,8 +305,10 @@ impl Cache {
             "a dump begins, from {}; it is not scripted: it is served as soon as it is complete",
             parked.name()
         );
-        for other in std::mem::take(&mut self.parked) {
-            self.close(other, Some("was refused: another connection is the peer".into()));
+        if !self.session.stays() {
+            for other in std::mem::take(&mut self.parked) {
+                self.close(other, Some("was refused: another connection is the peer".into()));
+            }
         }
         match self.conns.insert(Conn::Peer(parked.promote())) {
             Ok(id) => {
@@ -317,7 +324,7 @@ impl Cache {
         let mut complete = Vec::new();
         let arrival = peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut complete);
         for key in complete {
-            if self.last.is_none() && !catalog::waits_for_the_end(&key) {
+            if !catalog::waits_for_the_end(&key) {
                 for reader in self.waits.take(&key) {
                     self.answer(reader);
                 }
@@ -356,7 +363,10 @@ impl Cache {
         self.decide(decision);
         for reader in self.waits.take_all() {
             // Those who waited for a dump that failed are told so, even if another may come.
-            if failed && self.last.is_none() { self.fail(reader) } else { self.answer(reader) }
+            if failed { self.fail(reader) } else { self.answer(reader) }
+        }
+        for parked in self.parked.clone() {
+            self.conns.again(parked);
         }
         if !self.session.takes_peers() {
             let peers = self.conns.iter().filter(|(_, conn)| match conn {
@@ -379,11 +389,15 @@ impl Cache {
         }
         let needed = key.snapshot_id.is_empty() && key.name[..] == *catalog::INVENTORY;
         if let Some(images) = images {
-            return match images.get(key) {
-                Some(image) => Found::Here(image),
-                None if needed => Found::Broken,
-                None => Found::Never,
-            };
+            match images.get(key) {
+                Some(image) => return Found::Here(image),
+                None if needed => return Found::Broken,
+                None if images.has_snapshot(&key.snapshot_id) || !self.session.stays() => {
+                    return Found::Never;
+                }
+                // With --keep: it is of a dump that may yet come.
+                None => {}
+            }
         }
         match self.incoming.get(key) {
             Some(image) if !catalog::waits_for_the_end(key) => Found::Here(image),
@@ -418,6 +432,10 @@ impl Cache {
         let failure = match found {
             Found::Here(image) => {
                 self.bodies.hold(image.body);
+                // With it a restore begins: what another, that failed, had asked for does not count.
+                if key.name[..] == *catalog::INVENTORY {
+                    self.asked.clear();
+                }
                 self.asked.insert(key.clone());
                 match client.start_read(key, image) {
                     Ok(()) => {
@@ -655,9 +673,10 @@ impl Cache {
                     self.exit = Some(Exit::Failed);
                 }
             }
-            Conn::Peer(mut peer) => {
+            Conn::Peer(peer) => {
+                let why = format!("the peer {} {}", peer.name(), why.unwrap_or_default());
                 peer.abandon(&mut self.bodies);
-                self.session_ended(Err(format!("the peer {} {}", peer.name(), why.unwrap_or_default())));
+                self.session_ended(Err(why));
             }
         }
     }
@@ -719,18 +738,19 @@ impl Role for Cache {
         (self.fence.is_waiting() || self.failing.is_some(), self.exit)
     }
 
-    fn terminate(&mut self, signal: Ask) -> Option<Exit> {
+    fn terminate(&mut self, signal: Ask) {
         let only_copy = self.session.has_only_copy();
         let decision = self.session.terminate(signal);
-        let exit = match &decision {
-            Decision::Over(Ok(())) => Some(Exit::Done),
-            Decision::Over(Err(_)) => Some(Exit::Failed),
-            _ => None,
-        };
-        self.decide(decision);
-        if let (Some(_), true, Some(images)) = (exit, only_copy, &self.last) {
-            log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
+        if let Decision::Over(outcome) = &decision {
+            self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+            if let (true, Some(images)) = (only_copy, &self.last) {
+                log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
+            }
+            // So that it does not take our end for a good one.
+            if let Some(Conn::Peer(peer)) = self.peer.take().and_then(|id| self.conns.remove(id)) {
+                peer.abandon(&mut self.bodies);
+            }
         }
-        exit
+        self.decide(decision);
     }
 }

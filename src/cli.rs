@@ -64,7 +64,12 @@ pub const FLAGS: &[Flag] = &[
     ),
     flag(None, "allow-peer", Some("ADDRESS[/PREFIX]|any"), "cache: who may connect; may be repeated"),
     flag(None, "ps-socket", Some("FD"), "use this established connection instead of making one"),
-    flag(None, "connect-timeout", Some("SECONDS"), "proxy: how long to look for the cache (default 30, at least 1)"),
+    flag(
+        None,
+        "connect-timeout",
+        Some("SECONDS"),
+        "proxy: how long to look for the cache (default 30, at least 1)",
+    ),
     flag(None, "keep", None, "stay for the next session"),
     flag(Some('d'), "daemon", None, "go into the background once the sockets accept"),
     flag(None, "pidfile", Some("FILE"), "write the process id there (relative to the work directory)"),

@@ -3,11 +3,12 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use log::LevelFilter;
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 use crate::cli::{BACKGROUND, Options, Verb};
@@ -76,7 +77,9 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
             let setup = proxy::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
             let mut role = proxy::Proxy::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, None, status)?;
-            reactor.run(&mut role)
+            let exit = reactor.run(&mut role);
+            files.remove();
+            exit
         }
         Verb::Cache => {
             let (reach, port) = match link {
@@ -91,7 +94,9 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
             let setup = cache::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
             let mut role = cache::Cache::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, port, status)?;
-            reactor.run(&mut role)
+            let exit = reactor.run(&mut role);
+            files.remove();
+            exit
         }
     };
     exit.map_err(|error| format!("the poll loop failed: {error}"))
@@ -137,10 +142,20 @@ fn ready(options: &Options, port: Option<String>, status: Option<File>) -> Resul
 struct Pidfile(Option<PathBuf>);
 
 impl Pidfile {
+    fn text() -> String {
+        format!("{}\n", std::process::id())
+    }
+
     fn write(options: &Options) -> Result<Self, String> {
         let Some(path) = &options.pidfile else { return Ok(Self(None)) };
         let path = options.work_dir.join(path);
-        fs::write(&path, format!("{}\n", std::process::id()))
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+            .open(&path);
+        file.and_then(|mut file| file.write_all(Self::text().as_bytes()))
             .map_err(|error| format!("the pid file {}: {error}", path.display()))?;
         Ok(Self(Some(path)))
     }
@@ -148,7 +163,9 @@ impl Pidfile {
 
 impl Drop for Pidfile {
     fn drop(&mut self) {
+        // Unless another has written there meanwhile.
         if let Some(path) = &self.0
+            && fs::read_to_string(path).is_ok_and(|text| text == Self::text())
             && let Err(error) = fs::remove_file(path)
         {
             log::warn!("the pid file {} can't be removed: {error}", path.display());

@@ -26,7 +26,7 @@ pub const SOCKET: SocketFlags = SocketFlags::NONBLOCK.union(SocketFlags::CLOEXEC
 pub enum Received {
     /// So many bytes, the last of which carried the descriptor.
     Bytes(usize, Option<OwnedFd>),
-    /// More descriptors than any message of CRIU has; they are closed.
+    /// More descriptors than any message of CRIU has (they are closed), or no place for the one.
     TooManyDescriptors,
     /// The peer will send nothing more.
     End,
@@ -86,8 +86,7 @@ pub enum PipeEnd {
     Write,
 }
 
-/// Checks that a received descriptor is that end of a pipe, and makes it non-blocking and as large as
-/// allowed. The error is the second half of a sentence. (Non-blocking is a property of the open file, but
+/// Checks that a received descriptor is that end of a pipe, and makes it non-blocking. The error is the second half of a sentence. (Non-blocking is a property of the open file, but
 /// the two ends of a pipe are two of them: CRIU's end is untouched.)
 pub fn adopt_pipe(fd: OwnedFd, end: PipeEnd) -> Result<OwnedFd, String> {
     let broken = |error: Errno| format!("sent a descriptor that is no use: {error}");
@@ -105,11 +104,16 @@ pub fn adopt_pipe(fd: OwnedFd, end: PipeEnd) -> Result<OwnedFd, String> {
         return Err("sent the wrong end of a pipe".into());
     }
     fcntl_setfl(&fd, flags | OFlags::NONBLOCK).map_err(broken)?;
+    Ok(fd)
+}
+
+/// Makes a pipe as large as allowed. A pipe that is written to is enlarged when it is first read from, not
+/// before: what a dump can write before there is anybody to give it to is to be little.
+pub fn enlarge(pipe: BorrowedFd<'_>) {
     // Refused where the user's pipes are many: it works with 64 KiB too.
-    if let Err(error) = rustix::pipe::fcntl_setpipe_size(&fd, PIPE_SIZE) {
+    if let Err(error) = rustix::pipe::fcntl_setpipe_size(pipe, PIPE_SIZE) {
         log::trace!("a pipe keeps its size: {error}");
     }
-    Ok(fd)
 }
 
 /// Whether a client of a UNIX socket is root or our own user; its user id otherwise. Its process id may

@@ -99,6 +99,19 @@ impl Pollable for Conn {
     }
 }
 
+/// What is decided only when everything has been read that CRIU had done by then: it may have ended the dump in
+/// the same moment, and can't be made to fail any more.
+#[derive(Debug)]
+enum Deferred {
+    LinkLost(String),
+    NoLink(String),
+    Asked(Ask),
+}
+
+/// Batches until a deferred event is decided: in the next, the kernel tells of everything that had happened;
+/// an operation of the remote dialect runs one later.
+const DEFER: u8 = 3;
+
 /// The role.
 #[derive(Debug)]
 pub struct Proxy {
@@ -110,6 +123,8 @@ pub struct Proxy {
     session: Source,
     exit: Option<Exit>,
     draining: bool,
+    // What has happened and is decided some batches later.
+    deferred: Vec<(Deferred, u8)>,
 
     // The remote dialect.
     accepted: u64,
@@ -120,11 +135,12 @@ pub struct Proxy {
     // By their place in the order: the writes that have passed the fence and not ended; the finish.
     open_writes: BTreeSet<u64>,
     finish: Option<u64>,
+    // Writers that came while the last session was being delivered.
+    held_back: Vec<Id>,
 
     // The stream dialect: the session's connection until it ends, its pipes.
     capture: Option<Id>,
     pipes: HashMap<Key, Id>,
-    inventory_opened: bool,
 
     dialer: Option<Dialer>,
     link: Option<Id>,
@@ -158,15 +174,16 @@ impl Proxy {
             session,
             exit: None,
             draining: false,
+            deferred: Vec::new(),
             accepted: 0,
             fence: Fence::default(),
             writers: HashMap::new(),
             waits: Waits::default(),
             open_writes: BTreeSet::new(),
             finish: None,
+            held_back: Vec::new(),
             capture: None,
             pipes: HashMap::new(),
-            inventory_opened: false,
             dialer,
             link,
             sender: Sender::default(),
@@ -175,7 +192,7 @@ impl Proxy {
 
     fn settle(&mut self, id: Id) {
         if let Err((conn, error)) = self.conns.settle(id) {
-            self.lost(id, conn, format!("can't be polled: {error}"));
+            self.gone(id, conn, Some(format!("can't be polled: {error}")));
         }
     }
 
@@ -191,7 +208,12 @@ impl Proxy {
             self.conns.again(id);
         }
         for fd in accepted {
-            if let Err(why) = net::check_user(&fd) {
+            // A CRIU that can't be served is to see that before it has frozen anything.
+            let busy = match dialect {
+                Dialect::Stream => self.capture_is_busy(),
+                Dialect::Remote => Ok(()),
+            };
+            if let Err(why) = net::check_user(&fd).and(busy.map_err(String::from)) {
                 log::warn!("a client was refused: {why}");
                 continue;
             }
@@ -229,16 +251,22 @@ impl Proxy {
         let order = client.order();
         match client.request().cloned() {
             Some(Request::Read(key)) => self.in_line(id, &key),
-            Some(Request::Write(key, _)) => match self.session.request(Dialect::Remote) {
-                Ok(begun) => {
-                    if begun == Begun::Now {
-                        self.session_begins();
+            // The last session is about to end: its turn comes then.
+            Some(Request::Write(..)) if self.session.is_complete() && self.session.stays() => {
+                self.held_back.push(id);
+            }
+            Some(Request::Write(key, _)) => {
+                match self.session.request(Dialect::Remote, catalog::is_list(&key)) {
+                    Ok(begun) => {
+                        if begun == Begun::Now {
+                            self.session_begins();
+                        }
+                        self.open_writes.insert(order);
+                        self.in_line(id, &key);
                     }
-                    self.open_writes.insert(order);
-                    self.in_line(id, &key);
+                    Err(why) => self.close(id, Some(why.into())),
                 }
-                Err(why) => self.close(id, Some(why.into())),
-            },
+            }
             // The finish of a restore, at the wrong daemon.
             Some(Request::Finish { answer: true }) => {
                 self.close(id, Some("was refused: a restore finishes at img-cache.sock".into()));
@@ -256,6 +284,7 @@ impl Proxy {
     // Starts the client's operation, or lets it wait behind those that came before.
     fn in_line(&mut self, id: Id, key: &Key) {
         if self.writers.contains_key(key) || self.waits.is_waiting(key) {
+            log::trace!("{key}: a client waits its turn");
             self.waits.push(key, id);
         } else {
             self.start(id);
@@ -326,22 +355,39 @@ impl Proxy {
     // --- the stream dialect
 
     fn step_capture(&mut self, id: Id) {
-        let Some(Conn::Capture(capture)) = self.conns.get_mut(id) else { return };
-        match capture.step(&mut self.block) {
-            Ok(Captured::Wait) => self.settle(id),
-            Ok(Captured::Image(key, pipe)) => {
-                self.conns.again(id);
-                self.settle(id);
-                self.open_image(id, key, pipe);
+        // The last session may be about to end: this one's turn comes then.
+        if self.capture != Some(id) && self.capture_is_busy().is_ok() && !self.session.is_idle() {
+            return;
+        }
+        // To the end: whether CRIU is about to finish decides what a lost link or a signal means.
+        while let Some(Conn::Capture(capture)) = self.conns.get_mut(id) {
+            match capture.step(&mut self.block) {
+                Ok(Captured::Wait) => return self.settle(id),
+                Ok(Captured::Image(key, pipe)) => self.open_image(id, key, pipe),
+                Ok(Captured::End) => self.close(id, None),
+                Err(why) => self.close(id, Some(why)),
             }
-            Ok(Captured::End) => self.close(id, None),
-            Err(why) => self.close(id, Some(why)),
+        }
+    }
+
+    // Whether another dump can't come now, nor in a moment. The one that runs is looked at once more: its CRIU
+    // may have ended before the next connected.
+    fn capture_is_busy(&mut self) -> Result<(), &'static str> {
+        if let Some(capture) = self.capture {
+            self.step_capture(capture);
+        }
+        if self.capture.is_some() || self.session.dialect() == Some(Dialect::Remote) {
+            Err("a dump is in progress, one at a time")
+        } else if !self.session.is_idle() && !self.session.stays() {
+            Err("this proxy has had its dump")
+        } else {
+            Ok(())
         }
     }
 
     fn open_image(&mut self, id: Id, key: Key, pipe: OwnedFd) {
         if self.capture != Some(id) {
-            if let Err(why) = self.session.request(Dialect::Stream) {
+            if let Err(why) = self.session.request(Dialect::Stream, true) {
                 return self.close(id, Some(why.into()));
             }
             self.capture = Some(id);
@@ -350,10 +396,9 @@ impl Proxy {
         if self.pipes.contains_key(&key) {
             return self.failed(format!("CRIU opened {key} while it was still writing it"));
         }
-        self.inventory_opened |= key.name[..] == *catalog::INVENTORY;
         let body = self.bodies.create();
         let inflow = Inflow { key: key.clone(), body, start: 0 };
-        match self.conns.insert(Conn::Pipe(PipeIn { fd: pipe, inflow })) {
+        match self.conns.insert(Conn::Pipe(PipeIn { fd: pipe, inflow, begun: false })) {
             Ok(pipe) => drop(self.pipes.insert(key, pipe)),
             Err(error) => {
                 self.bodies.release(body);
@@ -367,6 +412,9 @@ impl Proxy {
             return;
         }
         let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) else { return };
+        if !std::mem::replace(&mut pipe.begun, true) {
+            net::enlarge(pipe.fd());
+        }
         let fill = pump::fill(pipe.fd(), &mut self.bodies, pipe.inflow.body, &mut self.block);
         match fill {
             Ok(Flow::Wait) => {}
@@ -456,7 +504,10 @@ impl Proxy {
     fn may_be_only_copy(&self) -> bool {
         match self.session.dialect() {
             None => false,
-            Some(Dialect::Stream) => self.inventory_opened,
+            Some(Dialect::Stream) => {
+                let inventory = Key::stream(catalog::INVENTORY);
+                self.pipes.contains_key(&inventory) || self.images.get(&inventory).is_some()
+            }
             Some(Dialect::Remote) => {
                 if self.finish.is_some() {
                     return true;
@@ -492,18 +543,24 @@ impl Proxy {
     }
 
     fn over(&mut self, outcome: Result<(), String>) {
-        let (images, bytes) = self.sender.sent();
-        let bytes = pump::human(bytes);
         match &outcome {
-            Ok(()) if images > 0 => {
-                log::info!(
-                    "{images} images, {bytes}: sent, not confirmed (the peer speaks the seed protocol)"
-                );
+            Ok(()) => {
+                let (images, bytes) = self.sender.sent();
+                if images > 0 {
+                    let bytes = pump::human(bytes);
+                    log::info!(
+                        "{images} images, {bytes}: sent, not confirmed (the peer speaks the seed protocol)"
+                    );
+                }
+                if let Some(dialer) = &mut self.dialer {
+                    dialer.served();
+                }
             }
-            Ok(()) => {}
+            Err(why) if self.images.is_empty() => log::error!("{why}"),
             Err(why) => log::error!(
-                "{why}; {} of its images are dropped, {images} ({bytes}) had been sent",
-                self.images.len()
+                "{why}; {} images, {}, are dropped",
+                self.images.len(),
+                pump::human(self.images.bytes())
             ),
         }
         if let Some(Conn::Link(link)) = self.link.take().and_then(|id| self.conns.remove(id))
@@ -515,12 +572,11 @@ impl Proxy {
         let capture = self.capture.take();
         let ours = self.conns.iter().filter(|(id, conn)| match conn {
             Conn::Capture(_) => Some(*id) == capture,
-            Conn::Remote(client) => client.has_asked(),
+            Conn::Remote(client) => client.has_asked() && !self.held_back.contains(id),
             Conn::Pipe(_) => true,
             Conn::Link(_) | Conn::Local(_) => false,
         });
         let ours: Vec<_> = ours.map(|(id, _)| id).collect();
-        self.inventory_opened = false;
         self.finish = None;
         self.fence = Fence::default();
         self.writers.clear();
@@ -539,6 +595,13 @@ impl Proxy {
         }
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
+        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
+        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.conns.again(id);
+        }
+        for id in std::mem::take(&mut self.held_back) {
+            self.run_request(id);
+        }
         if !self.session.stays() {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
         } else if self.session.is_idle() {
@@ -552,10 +615,6 @@ impl Proxy {
         if let Some(conn) = self.conns.remove(id) {
             self.gone(id, conn, why);
         }
-    }
-
-    fn lost(&mut self, id: Id, conn: Conn, why: String) {
-        self.gone(id, conn, Some(why));
     }
 
     fn gone(&mut self, id: Id, conn: Conn, why: Option<String>) {
@@ -675,9 +734,41 @@ impl Proxy {
     fn link_gone(&mut self, why: String) {
         log::warn!("the link to the cache is lost: {why}");
         self.link = None;
-        self.sender.clear(&mut self.bodies);
-        let decision = self.session.link_lost(&why, self.may_be_only_copy());
-        self.decide(decision);
+        self.deferred.push((Deferred::LinkLost(why), DEFER));
+    }
+
+    fn decide_deferred(&mut self) {
+        let mut due = Vec::new();
+        for (event, batches) in std::mem::take(&mut self.deferred) {
+            match batches.checked_sub(1) {
+                Some(less) => self.deferred.push((event, less)),
+                None => due.push(event),
+            }
+        }
+        for event in due {
+            let only_copy = self.may_be_only_copy();
+            let decision = match event {
+                Deferred::LinkLost(why) => {
+                    self.sender.clear(&mut self.bodies);
+                    self.session.link_lost(&why, only_copy)
+                }
+                // Meanwhile there is one.
+                Deferred::NoLink(_) if self.session.is_linked() => Decision::Nothing,
+                Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
+                    // The search that is under way has no end any more.
+                    Decision::Connect => Decision::Nothing,
+                    other => other,
+                },
+                Deferred::Asked(signal) => {
+                    let decision = self.session.terminate(signal, only_copy);
+                    if let Decision::Over(outcome) = &decision {
+                        self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+                    }
+                    decision
+                }
+            };
+            self.decide(decision);
+        }
     }
 
     fn send_anew(&mut self) {
@@ -704,11 +795,16 @@ impl Proxy {
             if self.session.stays() && self.session.is_idle() {
                 log::warn!("{why} The search goes on.");
             }
-            // Otherwise the search that is under way has no end any more.
-            let decision = self.session.no_link(why, self.may_be_only_copy());
-            if decision != Decision::Connect {
-                return self.decide(decision);
-            }
+            self.deferred.push((Deferred::NoLink(why), DEFER));
+        }
+        // A search without end is for the only copy: after a pre-dump, the next dump can still be made to fail.
+        if self.session.is_running()
+            && self.dialer.as_ref().is_some_and(Dialer::is_endless)
+            && self.deferred.is_empty()
+            && !self.may_be_only_copy()
+            && let Some(dialer) = &mut self.dialer
+        {
+            dialer.limit(now, false);
         }
         if let Some(address) = self.dialer.as_mut().and_then(|dialer| dialer.due(now)) {
             let link = Link::connect(address, now).and_then(|link| self.conns.insert(Conn::Link(link)));
@@ -777,6 +873,7 @@ impl Role for Proxy {
         for id in self.fence.pass() {
             self.run_request(id);
         }
+        self.decide_deferred();
         self.tick_link(now);
         let draining = self.may_drain();
         if draining && !self.draining {
@@ -790,16 +887,10 @@ impl Role for Proxy {
             }
         }
         self.draining = draining;
-        (self.fence.is_waiting(), self.exit)
+        (self.fence.is_waiting() || !self.deferred.is_empty(), self.exit)
     }
 
-    fn terminate(&mut self, signal: Ask) -> Option<Exit> {
-        let decision = self.session.terminate(signal, self.may_be_only_copy());
-        let exit = match &decision {
-            Decision::Over(outcome) => Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed }),
-            _ => None,
-        };
-        self.decide(decision);
-        exit
+    fn terminate(&mut self, signal: Ask) {
+        self.deferred.push((Deferred::Asked(signal), DEFER));
     }
 }

@@ -203,8 +203,8 @@ pub trait Role {
     /// Everything else: what only the whole batch can tell, what depends on the time. With `true`
     /// the loop comes back at once.
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>);
-    /// A signal asks for the end.
-    fn terminate(&mut self, signal: Ask) -> Option<Exit>;
+    /// A signal asks for the end. It is decided in [`Role::after_batch`].
+    fn terminate(&mut self, signal: Ask);
 }
 
 /// The loop before its role is there.
@@ -273,9 +273,7 @@ impl Reactor {
                     while let Ok(Some(signal)) = self.signals.read_signal() {
                         let hangup = signal.ssi_signo == Signal::SIGHUP as u32;
                         let ask = if hangup { Ask::Hangup } else { Ask::End };
-                        if let Some(exit) = role.terminate(ask) {
-                            return Ok(exit);
-                        }
+                        role.terminate(ask);
                     }
                 }
                 if events.iter().count() < EVENTS {

@@ -60,7 +60,7 @@ enum Dump {
     Running(Dialect),
     /// CRIU has ended after a complete dump; the images are being delivered.
     Complete,
-    /// It failed while a CRIU of the remote dialect goes on: nothing is taken until its finish.
+    /// It failed while a CRIU of the remote dialect goes on: nothing more of it is taken.
     Spoiled,
 }
 
@@ -82,10 +82,14 @@ impl Source {
         Self { keep, dump: Dump::None, linked: false, torn: false, asked_to_go: false, last: None }
     }
 
-    /// CRIU makes a valid request. An error is why it is refused, as the second half of a sentence.
-    pub fn request(&mut self, dialect: Dialect) -> Result<Begun, &'static str> {
+    /// CRIU makes a valid request. `first`: one with which dumps begin. An error is why it is refused, as the
+    /// second half of a sentence.
+    pub fn request(&mut self, dialect: Dialect, first: bool) -> Result<Begun, &'static str> {
         match self.dump {
-            Dump::None => {
+            Dump::Spoiled if !first => {
+                Err("was refused: its dump has failed, which ends with CRIU's finish or with the next dump")
+            }
+            Dump::None | Dump::Spoiled => {
                 self.dump = Dump::Running(dialect);
                 self.torn = false;
                 Ok(Begun::Now)
@@ -93,7 +97,6 @@ impl Source {
             Dump::Running(running) if running == dialect && dialect == Dialect::Remote => Ok(Begun::Before),
             Dump::Running(_) => Err("was refused: a dump is in progress, one at a time"),
             Dump::Complete => Err("was refused: the images of the last dump are still being delivered"),
-            Dump::Spoiled => Err("was refused: its dump has failed, which ends with CRIU's finish"),
         }
     }
 
@@ -346,7 +349,7 @@ mod tests {
     fn source(dialect: Dialect) -> Source {
         let mut source = Source::new(false);
         assert_eq!(source.link_up(), Decision::Nothing);
-        assert_eq!(source.request(dialect), Ok(Begun::Now));
+        assert_eq!(source.request(dialect, true), Ok(Begun::Now));
         source
     }
 
@@ -395,28 +398,31 @@ mod tests {
     #[test]
     fn one_dump_at_a_time() {
         let mut stream = source(Dialect::Stream);
-        assert!(stream.request(Dialect::Stream).is_err());
-        assert!(stream.request(Dialect::Remote).is_err());
+        assert!(stream.request(Dialect::Stream, true).is_err());
+        assert!(stream.request(Dialect::Remote, false).is_err());
         let mut remote = source(Dialect::Remote);
-        assert_eq!(remote.request(Dialect::Remote), Ok(Begun::Before));
+        assert_eq!(remote.request(Dialect::Remote, false), Ok(Begun::Before));
         remote.ended(Ok(()));
-        assert!(remote.request(Dialect::Remote).is_err());
+        assert!(remote.request(Dialect::Remote, false).is_err());
     }
 
     #[test]
     fn after_a_failure_a_remote_dump_is_refused_to_its_end() {
         let mut source = Source::new(true);
         source.link_up();
-        source.request(Dialect::Remote).unwrap();
+        source.request(Dialect::Remote, false).unwrap();
         assert_eq!(over(&source.link_lost("reset", false)), Some(false));
-        assert!(source.request(Dialect::Remote).is_err());
+        assert!(source.request(Dialect::Remote, false).is_err());
         assert_eq!(source.ended(Ok(())), Decision::Nothing);
-        assert_eq!(source.request(Dialect::Remote), Ok(Begun::Now));
+        assert_eq!(source.request(Dialect::Remote, false), Ok(Begun::Now));
+        // Its CRIU may die without one: the next dump tells as well.
+        assert_eq!(over(&source.link_lost("reset", false)), Some(false));
+        assert_eq!(source.request(Dialect::Remote, true), Ok(Begun::Now));
         // A stream dump ends with its connection: nothing of it can come later.
         let mut source = Source::new(true);
-        source.request(Dialect::Stream).unwrap();
+        source.request(Dialect::Stream, true).unwrap();
         source.link_lost("reset", false);
-        assert_eq!(source.request(Dialect::Stream), Ok(Begun::Now));
+        assert_eq!(source.request(Dialect::Stream, true), Ok(Begun::Now));
     }
 
     #[test]
@@ -446,7 +452,7 @@ mod tests {
     fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
         let mut source = Source::new(true);
         source.link_up();
-        source.request(Dialect::Stream).unwrap();
+        source.request(Dialect::Stream, true).unwrap();
         source.ended(Ok(()));
         assert!(source.stays());
         assert_eq!(source.terminate(Ask::End, false), Decision::Stay);

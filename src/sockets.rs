@@ -49,7 +49,12 @@ impl Sockets {
         let target = fs::canonicalize(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         for dir in places {
             let link = dir.join(name);
+            check_dir(dir)?;
             if fs::canonicalize(&link).is_ok_and(|other| other == target) {
+                // The same directory by another name; or a link that an earlier daemon left here.
+                if fs::symlink_metadata(&link).is_ok_and(|meta| meta.is_symlink()) {
+                    self.remember(&link)?;
+                }
                 continue;
             }
             let _lock = free_place(dir, &link)?;
@@ -66,9 +71,11 @@ impl Sockets {
     }
 }
 
-impl Drop for Sockets {
-    fn drop(&mut self) {
-        for (path, inode) in &self.made {
+impl Sockets {
+    /// Removes the files. While the sockets still listen: once they do not, another daemon may have put its
+    /// own there.
+    pub fn remove(&mut self) {
+        for (path, inode) in &std::mem::take(&mut self.made) {
             // Only what is still ours.
             if fs::symlink_metadata(path).is_ok_and(|meta| meta.ino() == *inode)
                 && let Err(error) = fs::remove_file(path)
@@ -76,6 +83,12 @@ impl Drop for Sockets {
                 log::warn!("{} can't be removed: {error}", path.display());
             }
         }
+    }
+}
+
+impl Drop for Sockets {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 
@@ -249,6 +262,11 @@ mod tests {
             let error = Sockets::default().place(std::slice::from_ref(dir), "x.sock").unwrap_err();
             assert!(error.contains("running"), "{error}");
         }
+        // A link that was left, and leads to the socket that has taken its old target's place, goes too.
+        std::mem::forget(sockets);
+        fs::remove_file(a.0.join("x.sock")).unwrap();
+        let mut sockets = Sockets::default();
+        let _fd = sockets.place(&dirs, "x.sock").unwrap();
         drop(sockets);
         assert!(fs::symlink_metadata(b.0.join("x.sock")).is_err());
         assert!(fs::symlink_metadata(a.0.join("x.sock")).is_err());

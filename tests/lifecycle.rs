@@ -232,8 +232,7 @@ fn large_images_beyond_the_descriptors_share_one_file() {
         let (key, bytes) = image(i);
         assert!(read_remote(&cache.dir.join("img-cache.sock"), &key) == Ok(bytes), "{i}");
     }
-    let descriptors = fs::read_dir(format!("/proc/{}/fd", cache.child.id())).unwrap().count();
-    assert!(descriptors < 64, "{descriptors}");
+    assert!(cache.descriptors() < 64, "{}", cache.descriptors());
 }
 
 #[test]
@@ -278,7 +277,7 @@ fn ten_thousand_waiting_readers() {
     let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
     if limit.maximum.is_some_and(|most| most < READERS as u64 * 4 / 3 + 200) {
-        println!("SKIPPED ten_thousand_waiting_readers: RLIMIT_NOFILE allows only {:?}", limit.maximum);
+        skip("ten_thousand_waiting_readers", &format!("RLIMIT_NOFILE allows only {:?}", limit.maximum));
         return;
     }
     let cache = Daemon::cache(&["-v1"]);
@@ -286,8 +285,7 @@ fn ten_thousand_waiting_readers() {
     let socket = cache.dir.join("img-cache.sock");
     let image = |i: usize| key("/d", &format!("core-{}.img", i % 100));
     let readers: Vec<_> = (0..READERS).map(|i| open_remote(&socket, &image(i), None)).collect();
-    let descriptors = || fs::read_dir(format!("/proc/{}/fd", cache.child.id())).unwrap().count();
-    wait_until("all are accepted", || descriptors() > READERS);
+    wait_until("all are accepted", || cache.descriptors() > READERS);
     let bytes = (cache.memory("VmRSS") - before) * 1024 / READERS as u64;
     println!("{bytes} bytes resident per waiting reader");
     let mut peer = OldProxy::connect(&cache);

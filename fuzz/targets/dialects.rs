@@ -233,7 +233,7 @@ impl Connection {
     fn check(&self) {
         let idle = matches!(&self.at, At::Header(sent) if sent.is_empty());
         match &self.wire {
-            Wire::Remote(wire) => assert_eq!(wire.is_header(), matches!(self.at, At::Header(_))),
+            Wire::Remote(_) => {}
             Wire::Capture(wire) => assert_eq!(wire.is_idle(), idle),
             Wire::Serve(wire) => {
                 assert_eq!(wire.is_idle(), idle);

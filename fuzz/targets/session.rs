@@ -70,12 +70,12 @@ fn source(keep: bool, input: &mut Input) {
         match event % 16 {
             0 | 1 | 8 => {
                 let dialect = if a { Dialect::Remote } else { Dialect::Stream };
-                let begun = source.request(dialect);
-                if dump.spoiled || dump.complete {
+                let begun = source.request(dialect, b);
+                if dump.complete || dump.spoiled && !b {
                     assert!(begun.is_err());
                 } else if !running {
                     assert_eq!(begun, Ok(Begun::Now), "whatever was before, a new dump is taken");
-                    (dump.dialect, dump.torn) = (Some(dialect), false);
+                    (dump.dialect, dump.torn, dump.spoiled) = (Some(dialect), false, false);
                 } else {
                     let same = dialect == Dialect::Remote && dump.dialect == Some(dialect);
                     assert_eq!(begun.ok(), same.then_some(Begun::Before));

@@ -7,6 +7,9 @@ pub mod stream;
 
 use std::time::Duration;
 
+/// What is said of [`Received::TooManyDescriptors`](crate::net::Received).
+const TOO_MANY: &str = "sent more than one descriptor (or there was no place for the one)";
+
 /// How long a client may take for its header, from its first moment in the remote dialect and from the
 /// header's first byte in the stream dialect. CRIU sends it in one go.
 pub const HEADER_LIMIT: Duration = Duration::from_secs(10);

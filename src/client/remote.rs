@@ -16,7 +16,7 @@ use mio::Interest;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
-use super::HEADER_LIMIT;
+use super::{HEADER_LIMIT, TOO_MANY};
 use crate::net::{self, PipeEnd, Received};
 use crate::pump::{self, FillError, Flow, Inflow, Outflow};
 use crate::reactor::Pollable;
@@ -43,8 +43,8 @@ enum State {
     Header { until: Instant },
     /// The operation waits for its turn. What came glued to a writer's header is kept.
     Queued { request: Request, early: Vec<u8> },
-    /// The image is being written.
-    Writing(Inflow),
+    /// The image is being written; `begun`: some of it has been taken.
+    Writing { inflow: Inflow, begun: bool },
     /// The image is being read; when all is `sent` the client may close, or send a pipe.
     Reading { out: Outflow, sent: bool },
 }
@@ -92,7 +92,7 @@ impl RemoteClient {
     /// The body that is held for it.
     pub fn body(&self) -> Option<BodyId> {
         match &self.state {
-            State::Writing(inflow) => Some(inflow.body),
+            State::Writing { inflow, .. } => Some(inflow.body),
             State::Reading { out, .. } => Some(out.body),
             State::Header { .. } | State::Queued { .. } => None,
         }
@@ -101,7 +101,7 @@ impl RemoteClient {
     /// The image that it is writing.
     pub fn writing(&self) -> Option<&Inflow> {
         match &self.state {
-            State::Writing(inflow) => Some(inflow),
+            State::Writing { inflow, .. } => Some(inflow),
             _ => None,
         }
     }
@@ -115,7 +115,7 @@ impl RemoteClient {
     pub fn key(&self) -> Option<&Key> {
         match &self.state {
             State::Queued { request: Request::Read(key) | Request::Write(key, _), .. } => Some(key),
-            State::Writing(inflow) => Some(&inflow.key),
+            State::Writing { inflow, .. } => Some(&inflow.key),
             State::Reading { out, .. } => Some(&out.key),
             _ => None,
         }
@@ -130,7 +130,7 @@ impl RemoteClient {
         start: u64,
         bodies: &mut Bodies,
     ) -> Result<(), String> {
-        let state = State::Writing(Inflow { key, body, start });
+        let state = State::Writing { inflow: Inflow { key, body, start }, begun: false };
         if let State::Queued { early, .. } = std::mem::replace(&mut self.state, state)
             && !early.is_empty()
         {
@@ -169,8 +169,11 @@ impl RemoteClient {
                 true => Ok(Step::Over),
                 false => Ok(Step::Wait),
             },
-            State::Writing(_) if !draining => Ok(Step::Wait),
-            State::Writing(inflow) if self.piped => {
+            State::Writing { .. } if !draining => Ok(Step::Wait),
+            State::Writing { inflow, begun } if self.piped => {
+                if !std::mem::replace(begun, true) {
+                    net::enlarge(self.fd.as_fd());
+                }
                 match pump::fill(self.fd.as_fd(), bodies, inflow.body, block) {
                     Ok(Flow::Wait) => Ok(Step::Wait),
                     Ok(Flow::Again) => Ok(Step::Again),
@@ -179,7 +182,7 @@ impl RemoteClient {
                     Err(FillError::Store(error)) => Err(no_memory(error)),
                 }
             }
-            State::Writing(_) => self.write_from_socket(bodies, block),
+            State::Writing { .. } => self.write_from_socket(bodies, block),
             State::Reading { .. } => self.read_image(bodies, block),
         }
     }
@@ -187,7 +190,7 @@ impl RemoteClient {
     /// Ends a writer that has reached its end of file.
     pub fn written(self) -> Option<Inflow> {
         match self.state {
-            State::Writing(inflow) => Some(inflow),
+            State::Writing { inflow, .. } => Some(inflow),
             _ => None,
         }
     }
@@ -214,7 +217,7 @@ impl RemoteClient {
     }
 
     fn write_from_socket(&mut self, bodies: &mut Bodies, block: &mut [u8]) -> Result<Step, String> {
-        let State::Writing(inflow) = &self.state else { return Ok(Step::Wait) };
+        let State::Writing { inflow, .. } = &self.state else { return Ok(Step::Wait) };
         let mut moved = 0;
         while moved < pump::TURN {
             let (n, descriptor) = match net::receive(self.fd.as_fd(), block) {
@@ -280,12 +283,13 @@ impl RemoteClient {
 
     fn change_to(&mut self, pipe: OwnedFd, end: PipeEnd) -> Result<(), String> {
         self.fd = net::adopt_pipe(pipe, end)?;
+        if end == PipeEnd::Write {
+            net::enlarge(self.fd.as_fd());
+        }
         self.piped = true;
         Ok(())
     }
 }
-
-const TOO_MANY: &str = "sent more than one descriptor";
 
 fn no_memory(error: std::io::Error) -> String {
     format!("could not be stored: {error}")
@@ -303,7 +307,7 @@ impl Pollable for RemoteClient {
 
     fn interest(&self) -> Option<Interest> {
         match &self.state {
-            State::Header { .. } | State::Writing(_) => Some(Interest::READABLE),
+            State::Header { .. } | State::Writing { .. } => Some(Interest::READABLE),
             // A waiting writer's bytes and end keep; a waiting reader that goes away is to be seen.
             State::Queued { request: Request::Write(..) | Request::Finish { .. }, .. } => None,
             State::Queued { request: Request::Read(_), .. } => Some(Interest::READABLE),

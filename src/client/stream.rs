@@ -8,7 +8,7 @@ use std::time::Instant;
 use mio::Interest;
 use rustix::net::{SendFlags, send};
 
-use super::{HEADER_LIMIT, SILENCE_LIMIT};
+use super::{HEADER_LIMIT, SILENCE_LIMIT, TOO_MANY};
 use crate::net::{self, PipeEnd, Received};
 use crate::pump::{Inflow, Outflow};
 use crate::reactor::Pollable;
@@ -166,6 +166,7 @@ impl Serve {
                 }
                 Some(ServeEvent::Pipe(pipe)) => {
                     let fd = net::adopt_pipe(pipe, PipeEnd::Write)?;
+                    net::enlarge(fd.as_fd());
                     if let Turn::Pipe(outflow) = std::mem::replace(&mut self.state, Turn::Request) {
                         return Ok(Served::Pipe(PipeOut { fd, outflow }));
                     }
@@ -198,8 +199,6 @@ impl Serve {
     }
 }
 
-const TOO_MANY: &str = "sent more than one descriptor";
-
 /// The pipe through which an image comes from `criu dump`.
 #[derive(Debug)]
 pub struct PipeIn {
@@ -207,6 +206,8 @@ pub struct PipeIn {
     pub fd: OwnedFd,
     /// Where the bytes go.
     pub inflow: Inflow,
+    /// Whether some have been taken.
+    pub begun: bool,
 }
 
 /// The pipe through which an image goes to `criu restore`.

@@ -55,6 +55,16 @@ impl Dialer {
         }
     }
 
+    /// The last link has done its work, however short it was.
+    pub fn served(&mut self) {
+        self.linked_at = None;
+    }
+
+    /// Whether a search is under way that nothing will end.
+    pub fn is_endless(&self) -> bool {
+        self.searching && self.until.is_none()
+    }
+
     /// From now on there is no end to the search, or one when the window has passed.
     pub fn limit(&mut self, now: Instant, for_ever: bool) {
         self.until = (!for_ever).then(|| now + self.window);

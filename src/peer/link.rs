@@ -19,8 +19,10 @@ use crate::pump::Flow;
 use crate::reactor::Pollable;
 use crate::store::Bodies;
 
-/// How often the send queue is looked at while the link is being closed: nothing tells when it is empty.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often the send queue is looked at while the link is being closed, since nothing tells when it is
+/// empty: at first, and after it has been in vain for a while. (A look costs up to a millisecond.)
+const LOOK: Duration = Duration::from_millis(5);
+const LOOK_MAX: Duration = Duration::from_millis(500);
 
 /// The link as the proxy sees it.
 #[derive(Debug)]
@@ -38,9 +40,11 @@ enum State {
     Up {
         idle: bool,
     },
-    /// Everything is sent, our half is shut.
+    /// Everything is sent, our half is shut. The send queue is looked at next at `look_at`; None: it can't be
+    /// known.
     Closing {
-        look_at: Instant,
+        look_at: Option<Instant>,
+        pause: Duration,
     },
 }
 
@@ -103,20 +107,32 @@ impl Link {
                     Err(error) => LinkStep::Lost(error.to_string()),
                 }
             }
-            State::Closing { look_at } => {
-                *look_at = Instant::now() + LOOK;
+            State::Closing { look_at, pause } => {
                 // Behind the peer's close a read says nothing of an error.
                 if let Ok(Err(error)) = sockopt::socket_error(&self.fd) {
                     return LinkStep::Lost(error.to_string());
                 }
-                match (discard(&self.fd, block), unacknowledged(&self.fd)) {
-                    (Err(why), _) => LinkStep::Lost(why),
-                    (Ok(_), Some(0)) => LinkStep::Delivered,
-                    // A peer that closes its half has not read everything for that.
-                    (Ok(_), Some(_)) => LinkStep::Wait,
-                    // Only its close tells.
-                    (Ok(false), None) => LinkStep::Delivered,
-                    (Ok(true), None) => LinkStep::Wait,
+                let open = match discard(&self.fd, block) {
+                    Ok(open) => open,
+                    Err(why) => return LinkStep::Lost(why),
+                };
+                let now = Instant::now();
+                match look_at {
+                    // Nothing but the close tells.
+                    None if open => LinkStep::Wait,
+                    None => LinkStep::Delivered,
+                    Some(at) if open && now < *at => LinkStep::Wait,
+                    Some(at) => {
+                        *pause = (*pause * 2).min(LOOK_MAX);
+                        *at = now + *pause;
+                        match unacknowledged(&self.fd) {
+                            Some(0) => LinkStep::Delivered,
+                            // A peer that closes its half has not read everything for that.
+                            Some(_) => LinkStep::Wait,
+                            None if open => LinkStep::Wait,
+                            None => LinkStep::Delivered,
+                        }
+                    }
                 }
             }
         }
@@ -126,7 +142,8 @@ impl Link {
     pub fn finish(&mut self) {
         // It fails only when the link is lost already; the next step sees that.
         let _ = shutdown(&self.fd, Shutdown::Write);
-        self.state = State::Closing { look_at: Instant::now() };
+        let known = unacknowledged(&self.fd).is_some();
+        self.state = State::Closing { look_at: known.then(Instant::now), pause: LOOK };
     }
 
     /// Whether it is being closed.
@@ -148,6 +165,10 @@ impl Link {
             Ok(Some(_)) => {}
             Ok(None) | Err(Errno::NOTCONN) => return LinkStep::Wait,
             Err(error) => return LinkStep::Refused(error.to_string()),
+        }
+        // A port that nobody listens at may be the one that the kernel gave to this very socket.
+        if rustix::net::getsockname(&self.fd).ok() == rustix::net::getpeername(&self.fd).ok().flatten() {
+            return LinkStep::Refused("nobody listens there".into());
         }
         net::tune_link(&self.fd);
         self.state = State::Up { idle: true };
@@ -184,7 +205,7 @@ impl Pollable for Link {
         match self.state {
             State::Connecting { until } => Some(until),
             State::Up { .. } => None,
-            State::Closing { look_at } => Some(look_at),
+            State::Closing { look_at, .. } => look_at,
         }
     }
 }

@@ -166,12 +166,13 @@ impl Receiver {
         Ok(Arrival::Again)
     }
 
-    /// Gives up the image that was arriving.
-    pub fn abandon(&mut self, bodies: &mut Bodies) {
+    /// Gives up the image that was arriving and closes the link, so that the peer sees a failure.
+    pub fn abandon(mut self, bodies: &mut Bodies) {
         if let Some(inflow) = self.current.take() {
             bodies.truncate(inflow.body, inflow.start);
             bodies.release(inflow.body);
         }
+        net::reset(self.fd);
     }
 
     fn begin(&mut self, transfer: Transfer, catalog: &Catalog, bodies: &mut Bodies) {

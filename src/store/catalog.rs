@@ -1,6 +1,6 @@
 //! The index of one session: which complete image stands under which name.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::{Bodies, BodyId};
 use crate::wire::{Key, criu};
@@ -31,6 +31,7 @@ pub struct Image {
 #[derive(Debug, Default)]
 pub struct Catalog {
     images: HashMap<Key, Image>,
+    snapshots: HashSet<Box<[u8]>>,
     count: u64,
     bytes: u64,
 }
@@ -49,11 +50,19 @@ impl Catalog {
         let len = bodies.len(body);
         let image = Image { body, len, order: self.count };
         self.bytes += len;
+        if !self.snapshots.contains(&key.snapshot_id) {
+            self.snapshots.insert(key.snapshot_id.clone());
+        }
         if let Some(old) = self.images.insert(key, image) {
             self.bytes -= old.len;
             bodies.release(old.body);
         }
         image
+    }
+
+    /// Whether there is any image of this snapshot.
+    pub fn has_snapshot(&self, id: &[u8]) -> bool {
+        self.snapshots.contains(id)
     }
 
     /// How many images there are.
@@ -109,7 +118,6 @@ impl Catalog {
     /// a snapshot with a name. (The end of a link does not always tell: an ssh tunnel makes an orderly one
     /// of a reset.)
     pub fn check(&self, bodies: &Bodies) -> Result<(), String> {
-        let is_list = |key: &&Key| key.name[..] == *LIST && LIST_IDS.contains(&&key.snapshot_id[..]);
         let mut others = self.keys().filter(|key| !is_list(key)).peekable();
         if others.peek().is_some() && others.all(|key| key.snapshot_id.is_empty()) {
             return self.check_stream();
@@ -152,12 +160,16 @@ impl Catalog {
     }
 }
 
+/// Whether this is the list of snapshots of the remote dialect. Each dump begins by appending to it.
+pub fn is_list(key: &Key) -> bool {
+    key.name[..] == *LIST && LIST_IDS.contains(&&key.snapshot_id[..])
+}
+
 /// Whether the image may yet change, or must not be read, while its session goes on: the list of
 /// snapshots grows with each dump; inventory.img of the stream dialect lets the restore begin, and only the
 /// end of the session tells that the dump was not aborted.
 pub fn waits_for_the_end(key: &Key) -> bool {
-    (key.name[..] == *LIST && LIST_IDS.contains(&&key.snapshot_id[..]))
-        || (key.name[..] == *INVENTORY && key.snapshot_id.is_empty())
+    is_list(key) || (key.name[..] == *INVENTORY && key.snapshot_id.is_empty())
 }
 
 #[cfg(test)]

@@ -96,11 +96,6 @@ impl Remote {
             *answered = true;
         }
     }
-
-    /// Whether the header is still to come.
-    pub fn is_header(&self) -> bool {
-        matches!(self.state, State::Header(_))
-    }
 }
 
 #[cfg(test)]

@@ -34,6 +34,11 @@ pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
     }
 }
 
+/// Says that a test can't run here; past the harness's capture, so that tests/all.sh sees it.
+pub fn skip(test: &str, why: &str) {
+    let _ = io::stderr().write_all(format!("SKIPPED {test}: {why}\n").as_bytes());
+}
+
 /// A directory of a test's own, removed at its end.
 pub struct Dir(pub PathBuf);
 
@@ -150,6 +155,28 @@ impl Daemon {
         kill_process(self.pid(), signal).unwrap();
     }
 
+    /// Stops the process, as a busy machine might; it stands still when this returns.
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        wait_until("it stands still", || self.status("State:").starts_with('T'));
+    }
+
+    /// Lets a stopped process go on.
+    pub fn go_on(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// How many descriptors it has.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    fn status(&self, field: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_string()
+    }
+
     /// Waits for the end; the exit status.
     pub fn wait(&mut self) -> i32 {
         let end = Instant::now() + DEADLINE;
@@ -173,9 +200,7 @@ impl Daemon {
 
     /// A number in KiB from /proc/PID/status.
     pub fn memory(&self, field: &str) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        self.status(field).parse().unwrap()
     }
 }
 
