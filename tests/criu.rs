@@ -248,20 +248,17 @@ fn two_network_namespaces() {
 
 #[test]
 fn a_signal_while_the_proxy_has_the_only_copy() {
-    let Some(bench) = Bench::new("a_signal_while_the_proxy_has_the_only_copy") else { return };
-    let mut proxy = bench.proxy(free_port(), &["-v3"]);
-    // All of it fits into pipes.
-    let mut workload = bench.workload(&["--heap", "0"]);
-    assert_eq!(bench.dump(&workload).end(), 0, "criu dump");
-    assert_eq!(workload.end(), -9);
-    proxy.logs("the dump is complete");
-    proxy.process.signal(Signal::TERM);
-    let stays = "it stays until they are sent";
-    proxy.logs(stays);
-    wait_for("further attempt to connect", PATIENCE, || {
-        proxy.log().split_once(stays).is_some_and(|(_, later)| later.contains("no link: ")).then_some(())
-    });
-    proxy.process.signal(Signal::TERM);
-    assert_eq!(proxy.process.end(), 1, "the proxy");
-    assert!(proxy.log().split_once(stays).is_some_and(|(_, later)| later.contains(", are dropped")));
+    let test = "a_signal_while_the_proxy_has_the_only_copy";
+    let Some(mut m) = Migration::new(test, &["--heap", "64"], &[]) else { return };
+    m.cache.process.signal(Signal::STOP);
+    m.dump();
+    m.proxy.logs("the dump is complete");
+    m.cache.process.signal(Signal::KILL);
+    m.proxy.logs("the link to the cache is lost");
+    m.proxy.process.signal(Signal::TERM);
+    m.proxy.logs("it stays until they are sent");
+    assert_eq!(m.proxy.process.ended(), None, "the proxy");
+    m.proxy.process.signal(Signal::TERM);
+    assert_eq!(m.proxy.process.end(), 1, "the proxy");
+    assert!(m.proxy.has_logged(", are dropped"));
 }
