@@ -1,55 +1,6 @@
-//! The life of a session as pure state: events in, decisions out. No descriptor, no clock, no image.
-//!
-//! A session is one dump with what becomes of it. On the source it begins with CRIU's first valid request
-//! and ends when the images are delivered, or when it has failed. On the destination it begins with the
-//! peer's first valid frame and ends when a restore has succeeded, or when the dump has failed.
-//!
-//! The rule behind every decision: fail towards the running process. While CRIU can still be made to fail, a
-//! failure is passed on to it at once and the source process runs on. From the moment at which CRIU may
-//! have finished, this side may hold the only copy, and nothing is given up by itself any more.
+//! The session on the source: from CRIU's first valid request until the images are delivered.
 
-/// How CRIU talks to us.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dialect {
-    /// `criu --remote`.
-    Remote,
-    /// `criu --stream`.
-    Stream,
-}
-
-/// How we are asked to go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
-    /// SIGTERM or SIGINT: somebody wants it.
-    End,
-    /// SIGHUP: the terminal has gone, perhaps with the operator's connection.
-    Hangup,
-}
-
-impl Ask {
-    // Whether this is a second request to end; `before` remembers the first.
-    fn insists(self, before: &mut bool) -> bool {
-        match self {
-            Self::Hangup => false,
-            Self::End => std::mem::replace(before, true),
-        }
-    }
-}
-
-/// What to do after an event.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decision {
-    /// Go on.
-    Nothing,
-    /// Try to get a link.
-    Connect,
-    /// Send everything that is held, from the beginning, on the new link.
-    SendAnew,
-    /// Stay, although asked to go; the log says why.
-    Stay,
-    /// The session is over: close what belongs to it. On an error the link is reset.
-    Over(Result<(), String>),
-}
+use super::{Ask, Decision, Dialect};
 
 /// Where the dump is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,106 +186,6 @@ pub enum Begun {
     Before,
 }
 
-/// The destination's side.
-#[derive(Debug)]
-pub struct Sink {
-    keep: bool,
-    receiving: bool,
-    held: Held,
-    asked_to_go: bool,
-    last: Option<Result<(), ()>>,
-}
-
-/// What of the last complete session is here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Held {
-    Nothing,
-    /// Perhaps the only copy.
-    Unrestored,
-    Restored,
-}
-
-impl Sink {
-    /// `keep`: another session follows.
-    pub fn new(keep: bool) -> Self {
-        Self { keep, receiving: false, held: Held::Nothing, asked_to_go: false, last: None }
-    }
-
-    /// Somebody has sent a valid first frame. An error is why it is refused.
-    pub fn peer(&mut self) -> Result<(), &'static str> {
-        if self.receiving {
-            return Err("was refused: a session is in progress, one at a time");
-        }
-        if !self.takes_peers() {
-            return Err("was refused: this cache has its dump already (--keep takes another)");
-        }
-        self.receiving = true;
-        Ok(())
-    }
-
-    /// Whether images are coming in.
-    pub fn is_receiving(&self) -> bool {
-        self.receiving
-    }
-
-    /// Whether the last complete session has not been restored.
-    pub fn has_only_copy(&self) -> bool {
-        self.held == Held::Unrestored
-    }
-
-    /// Whether a peer may still come.
-    pub fn takes_peers(&self) -> bool {
-        self.stays() || self.held == Held::Nothing
-    }
-
-    /// Whether another session may follow.
-    pub fn stays(&self) -> bool {
-        self.keep && !self.asked_to_go
-    }
-
-    /// The peer has ended. `outcome`: whether what it left is a complete dump.
-    pub fn peer_ended(&mut self, outcome: Result<(), String>) -> Decision {
-        self.receiving = false;
-        match outcome {
-            Ok(()) => {
-                self.held = Held::Unrestored;
-                Decision::Nothing
-            }
-            Err(why) => {
-                self.last = Some(Err(()));
-                Decision::Over(Err(format!("the dump failed: {why}")))
-            }
-        }
-    }
-
-    /// A restore has ended; `success` as far as the dialect can tell.
-    pub fn restore_ended(&mut self, success: bool) -> Decision {
-        if !success || self.held == Held::Nothing {
-            return Decision::Nothing;
-        }
-        self.held = Held::Restored;
-        self.last = Some(Ok(()));
-        Decision::Over(Ok(()))
-    }
-
-    /// A signal. What may be the only copy is given up at the second request to end, and never because
-    /// a terminal has gone.
-    pub fn terminate(&mut self, signal: Ask) -> Decision {
-        if self.held == Held::Unrestored && !signal.insists(&mut self.asked_to_go) {
-            return Decision::Stay;
-        }
-        Decision::Over(match (self.held, self.last) {
-            (Held::Unrestored, _) => {
-                Err("asked twice to end: what may be the only copy of the process is given up".into())
-            }
-            _ if self.receiving => Err("the dump failed: a signal ended it before it was complete".into()),
-            (_, Some(Err(()))) => Err("the last session had failed".into()),
-            (_, None) if !self.keep => Err("a signal ended it before any dump came".into()),
-            _ => Ok(()),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -437,18 +288,6 @@ mod tests {
     }
 
     #[test]
-    fn a_cache_ends_with_a_restore_that_succeeded() {
-        let mut sink = Sink::new(false);
-        sink.peer().unwrap();
-        assert!(sink.peer().is_err());
-        assert_eq!(sink.peer_ended(Ok(())), Decision::Nothing);
-        assert!(sink.peer().is_err() && !sink.takes_peers());
-        assert_eq!(sink.restore_ended(false), Decision::Nothing);
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert_eq!(over(&sink.restore_ended(true)), Some(true));
-    }
-
-    #[test]
     fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
         let mut source = Source::new(true);
         source.link_up();
@@ -458,39 +297,5 @@ mod tests {
         assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
         assert_eq!(over(&source.delivered()), Some(true));
         assert!(!source.stays());
-        let mut sink = Sink::new(true);
-        sink.peer().unwrap();
-        sink.peer_ended(Ok(()));
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert!(sink.peer().is_err());
-        assert_eq!(over(&sink.restore_ended(true)), Some(true));
-        assert!(!sink.stays());
-    }
-
-    #[test]
-    fn a_cache_that_keeps_takes_the_next() {
-        let mut sink = Sink::new(true);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
-        sink.peer().unwrap();
-        assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
-        sink.peer().unwrap();
-        sink.peer_ended(Ok(()));
-        assert!(sink.has_only_copy());
-        sink.restore_ended(true);
-        sink.peer().unwrap();
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(false), "a transfer is cut off");
-    }
-
-    #[test]
-    fn what_was_not_restored_is_given_up_at_the_second_request() {
-        for keep in [false, true] {
-            let mut sink = Sink::new(keep);
-            sink.peer().unwrap();
-            sink.peer_ended(Ok(()));
-            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-            assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-            assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
-        }
     }
 }

@@ -1,0 +1,418 @@
+//! The restore-side role: takes images from its peer and gives them to CRIU.
+//!
+//! Theory of operation. TCP connections are parked until one shows a valid first frame; it is the peer until
+//! it ends. Its images go into the catalog of the session that comes in. A reader whose image is not there
+//! waits under its name; all who wait are answered when the image is complete, or when the session has
+//! ended. A complete session is served until a restore has succeeded, or, with --keep, until the next
+//! session is complete; a restore of the stream dialect goes on with the session that it began with.
+
+mod peer;
+mod readers;
+
+use std::collections::{HashSet, VecDeque};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use mio::Interest;
+
+use crate::client::fence::Fence;
+use crate::client::listener::Listener;
+use crate::client::remote::RemoteClient;
+use crate::client::stream::{PipeOut, Serve};
+use crate::peer::allow::Allowed;
+use crate::peer::receiver::{Parked, Receiver};
+use crate::pump::{Flow, Outflow};
+use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
+use crate::session::{Ask, Decision, Dialect, Sink};
+use crate::store::{Bodies, Catalog, Image, Waits};
+use crate::table::Id;
+use crate::wire::Key;
+use crate::{net, pump};
+
+/// TCP connections that may wait for their first frame at a time.
+pub const MAX_PARKED: usize = 16;
+
+/// How long a silent connection may keep its place when another needs it.
+pub const PARKED_AT_LEAST: Duration = Duration::from_secs(10);
+
+/// Batches of events between a failure and the end: a client that has connected is accepted in one, its
+/// header is read in the next, and the fence takes a third.
+const FAREWELL: u8 = 4;
+
+/// How the peer reaches the cache.
+#[derive(Debug)]
+pub enum Reach {
+    /// By connecting to this listening socket, if one of these admits it (none given: everybody who can).
+    Listen(OwnedFd, Vec<Allowed>),
+    /// By a connection that was made before we began.
+    Inherited(OwnedFd),
+}
+
+/// What the cache is started with.
+#[derive(Debug)]
+pub struct Setup {
+    /// Listening UNIX sockets and what is spoken there.
+    pub listeners: Vec<(OwnedFd, Dialect)>,
+    /// The way of the peer.
+    pub reach: Reach,
+    /// Stay for the next session.
+    pub keep: bool,
+    /// Descriptors that bodies may take.
+    pub max_memfds: usize,
+    /// Connections and pipes at a time.
+    pub max_conns: usize,
+}
+
+/// What is accepted at a listening socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// CRIU.
+    Local(Dialect),
+    /// A proxy.
+    Peer,
+}
+
+/// What the cache has descriptors of.
+#[derive(Debug)]
+pub enum Conn {
+    /// A listening socket.
+    Listener(Listener<Kind>),
+    /// A client of the remote dialect.
+    Remote(RemoteClient),
+    /// A client of the stream dialect.
+    Restore(Restore),
+    /// One of its pipes.
+    Pipe(PipeOut),
+    /// Perhaps a peer.
+    Parked(Parked),
+    /// The peer.
+    Peer(Receiver),
+}
+
+/// A restore of the stream dialect.
+#[derive(Debug)]
+pub struct Restore {
+    serve: Serve,
+    /// The session that it is served from, once it has got something of one.
+    images: Option<Rc<Catalog>>,
+    asked: HashSet<Key>,
+}
+
+impl Conn {
+    fn as_pollable(&self) -> &dyn Pollable {
+        match self {
+            Self::Listener(conn) => conn,
+            Self::Remote(conn) => conn,
+            Self::Restore(conn) => &conn.serve,
+            Self::Pipe(conn) => conn,
+            Self::Parked(conn) => conn,
+            Self::Peer(conn) => conn,
+        }
+    }
+}
+
+impl Pollable for Conn {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.as_pollable().fd()
+    }
+
+    fn interest(&self) -> Option<Interest> {
+        self.as_pollable().interest()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.as_pollable().deadline()
+    }
+}
+
+/// What is known of an image that is asked for.
+#[derive(Clone, Copy, Debug)]
+enum Found {
+    Here(Image),
+    NotYet,
+    /// It does not exist and never will.
+    Never,
+    /// There is nothing to restore: the dump failed, or the session is none.
+    Broken,
+}
+
+/// The role.
+#[derive(Debug)]
+pub struct Cache {
+    conns: Conns<Conn>,
+    max_conns: usize,
+    block: Vec<u8>,
+    bodies: Bodies,
+    session: Sink,
+    exit: Option<Exit>,
+    // Restored: leave as soon as nobody reads any more.
+    leaving: bool,
+    // Failed, for good: so many batches more, in which whoever has connected already is told.
+    failing: Option<u8>,
+
+    // The session that comes in, and the last complete one.
+    incoming: Catalog,
+    last: Option<Rc<Catalog>>,
+
+    accepted: u64,
+    fence: Fence,
+    waits: Waits,
+    // What restores of the remote dialect have asked for since the last finish.
+    asked: HashSet<Key>,
+
+    peer: Option<Id>,
+    parked: VecDeque<Id>,
+    inherited: bool,
+    allowed: Vec<Allowed>,
+}
+
+impl Cache {
+    /// A cache that accepts CRIU and its peer.
+    pub fn new(reactor: &Reactor, setup: Setup) -> io::Result<Self> {
+        let mut conns = reactor.conns()?;
+        for (fd, dialect) in setup.listeners {
+            conns.insert(Conn::Listener(Listener::new(fd, Kind::Local(dialect))))?;
+        }
+        let mut parked = VecDeque::new();
+        let (allowed, inherited) = match setup.reach {
+            Reach::Listen(fd, allowed) => {
+                conns.insert(Conn::Listener(Listener::new(fd, Kind::Peer)))?;
+                (allowed, false)
+            }
+            Reach::Inherited(fd) => {
+                let name = "the inherited connection".into();
+                parked.push_back(conns.insert(Conn::Parked(Parked::new(fd, name, Instant::now())))?);
+                (Vec::new(), true)
+            }
+        };
+        Ok(Self {
+            conns,
+            max_conns: setup.max_conns,
+            block: vec![0; pump::BLOCK],
+            bodies: Bodies::new(setup.max_memfds),
+            session: Sink::new(setup.keep),
+            exit: None,
+            leaving: false,
+            failing: None,
+            incoming: Catalog::default(),
+            last: None,
+            accepted: 0,
+            fence: Fence::default(),
+            waits: Waits::default(),
+            asked: HashSet::new(),
+            peer: None,
+            parked,
+            inherited,
+            allowed,
+        })
+    }
+
+    fn settle(&mut self, id: Id) {
+        if let Err((conn, error)) = self.conns.settle(id) {
+            self.gone(id, conn, Some(format!("can't be polled: {error}")));
+        }
+    }
+
+    fn accept(&mut self, id: Id) {
+        let room = self.max_conns.saturating_sub(self.conns.len());
+        let Some(Conn::Listener(listener)) = self.conns.get_mut(id) else { return };
+        let kind = listener.kind();
+        let (accepted, flow) = listener.accept(room);
+        self.settle(id);
+        if flow == Flow::Again {
+            self.conns.again(id);
+        }
+        for fd in accepted {
+            let refused = match kind {
+                Kind::Peer => self.park(fd),
+                Kind::Local(dialect) => net::check_user(&fd).and_then(|()| {
+                    self.accepted += 1;
+                    let now = Instant::now();
+                    let conn = match dialect {
+                        Dialect::Remote => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
+                        Dialect::Stream => Conn::Restore(Restore {
+                            serve: Serve::new(fd, now),
+                            images: None,
+                            asked: HashSet::new(),
+                        }),
+                    };
+                    self.conns.insert(conn).map(drop).map_err(|error| error.to_string())
+                }),
+            };
+            if let Err(why) = refused {
+                log::warn!("a connection was refused: {why}");
+            }
+        }
+    }
+
+    fn decide(&mut self, decision: Decision) {
+        match decision {
+            Decision::Nothing | Decision::Connect | Decision::SendAnew => {}
+            Decision::Stay => log::warn!(
+                "asked to end, but the dump has not been restored ({} images): this may be the only copy of the \
+                 process; ask once more to drop it",
+                self.last.as_ref().map_or(0, |images| images.len())
+            ),
+            Decision::Over(Ok(())) => self.leaving = !self.session.stays(),
+            Decision::Over(Err(why)) => {
+                match self.incoming.len() {
+                    0 => log::error!("{why}"),
+                    images => log::error!("{why}; {images} images that were complete are dropped"),
+                }
+                self.incoming.clear(&mut self.bodies);
+                if !self.session.stays() && !self.session.has_only_copy() {
+                    self.failing = Some(FAREWELL);
+                }
+            }
+        }
+    }
+
+    fn unpin(&mut self, images: Rc<Catalog>) {
+        if let Ok(mut images) = Rc::try_unwrap(images) {
+            images.clear(&mut self.bodies);
+        }
+    }
+
+    fn close(&mut self, id: Id, why: Option<String>) {
+        if let Some(conn) = self.conns.remove(id) {
+            self.gone(id, conn, why);
+        }
+    }
+
+    fn gone(&mut self, id: Id, conn: Conn, why: Option<String>) {
+        match conn {
+            Conn::Listener(_) => {
+                log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
+                self.exit = Some(Exit::Failed);
+            }
+            Conn::Remote(client) => {
+                match (client.key(), why) {
+                    (Some(key), Some(why)) => log::warn!("the reader of {key} {why}"),
+                    (None, Some(why)) => log::warn!("a client of img-cache.sock {why}"),
+                    (Some(key), None) if client.body().is_some() => log::debug!("{key}: served"),
+                    _ => {}
+                }
+                self.fence.remove(client.order());
+                match (client.body(), client.key()) {
+                    (Some(body), _) => self.bodies.release(body),
+                    (None, Some(key)) => self.waits.remove(key, id),
+                    (None, None) => {}
+                }
+            }
+            Conn::Restore(restore) => {
+                if let Some(why) = why {
+                    log::warn!("a client of streamer-serve.sock {why}");
+                }
+                if let Some(key) = restore.serve.waiting() {
+                    self.waits.remove(key, id);
+                }
+                if let Some(promised) = restore.serve.promised() {
+                    self.bodies.release(promised.body);
+                }
+                if let Some(images) = restore.images {
+                    self.restore_ended(&images, &restore.asked);
+                    self.unpin(images);
+                }
+            }
+            Conn::Pipe(PipeOut { outflow, .. }) => {
+                let Outflow { key, body, at, end } = outflow;
+                match why {
+                    Some(why) => log::warn!("the pipe of {key}, at byte {at}, {why}"),
+                    None if at < end => log::debug!("{key}: served up to byte {at} of {end}, CRIU closed it"),
+                    None => log::debug!("{key}: {} served", pump::human(end)),
+                }
+                self.bodies.release(body);
+            }
+            Conn::Parked(parked) => {
+                self.parked.retain(|other| *other != id);
+                if let Some(why) = why {
+                    log::warn!("{} {why}", parked.name());
+                }
+                if self.inherited {
+                    log::error!("{} is gone before it had sent anything", parked.name());
+                    self.exit = Some(Exit::Failed);
+                }
+            }
+            Conn::Peer(peer) => {
+                let why = format!("the peer {} {}", peer.name(), why.unwrap_or_default());
+                peer.abandon(&mut self.bodies);
+                self.session_ended(Err(why));
+            }
+        }
+    }
+}
+
+impl Role for Cache {
+    type Conn = Conn;
+
+    fn conns(&mut self) -> &mut Conns<Conn> {
+        &mut self.conns
+    }
+
+    fn ready(&mut self, id: Id) {
+        match self.conns.get(id) {
+            Some(Conn::Listener(_)) => self.accept(id),
+            Some(Conn::Remote(_)) => self.step_remote(id),
+            Some(Conn::Restore(_)) => self.step_restore(id),
+            Some(Conn::Pipe(_)) => self.step_pipe(id),
+            Some(Conn::Parked(_)) => self.step_parked(id),
+            Some(Conn::Peer(_)) => self.step_peer(id),
+            None => {}
+        }
+    }
+
+    fn expired(&mut self, id: Id) {
+        match self.conns.get_mut(id) {
+            Some(Conn::Listener(listener)) => {
+                listener.resume();
+                self.settle(id);
+            }
+            Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_)) => {
+                self.close(id, Some("kept us waiting for a whole request for too long".into()));
+            }
+            Some(Conn::Pipe(_) | Conn::Peer(_)) | None => {}
+        }
+    }
+
+    fn wake_at(&self) -> Option<Instant> {
+        None
+    }
+
+    fn after_batch(&mut self, _now: Instant) -> (bool, Option<Exit>) {
+        for id in self.fence.pass() {
+            self.run_request(id);
+        }
+        if let Some(batches) = &mut self.failing {
+            match batches.checked_sub(1) {
+                Some(less) => *batches = less,
+                None => self.exit = Some(Exit::Failed),
+            }
+        }
+        let reads = |conn: &Conn| match conn {
+            Conn::Remote(client) => client.is_reading(),
+            conn => matches!(conn, Conn::Pipe(_)),
+        };
+        if self.exit.is_none() && self.leaving && !self.conns.iter().any(|(_, conn)| reads(conn)) {
+            self.exit = Some(Exit::Done);
+        }
+        (self.fence.is_waiting() || self.failing.is_some(), self.exit)
+    }
+
+    fn terminate(&mut self, signal: Ask) {
+        let only_copy = self.session.has_only_copy();
+        let decision = self.session.terminate(signal);
+        if let Decision::Over(outcome) = &decision {
+            self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+            if let (true, Some(images)) = (only_copy, &self.last) {
+                log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
+            }
+            // So that it does not take our end for a good one.
+            if let Some(Conn::Peer(peer)) = self.peer.take().and_then(|id| self.conns.remove(id)) {
+                peer.abandon(&mut self.bodies);
+            }
+        }
+        self.decide(decision);
+    }
+}

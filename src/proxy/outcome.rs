@@ -1,0 +1,192 @@
+//! The proxy and its session: what may be taken when, what cannot be undone, and what is left at the end.
+
+use std::time::Instant;
+
+use super::{Conn, Deferred, Proxy};
+use crate::client::fence::Fence;
+use crate::pump;
+use crate::reactor::Exit;
+use crate::session::{Decision, Dialect};
+use crate::store::{Waits, catalog};
+use crate::wire::Key;
+
+impl Proxy {
+    pub(super) fn session_begins(&mut self) {
+        log::info!(
+            "a dump begins; it is not scripted: it counts as sent when the cache's kernel has it, and the cache \
+             serves it then"
+        );
+        if !self.session.is_linked()
+            && let Some(dialer) = &mut self.dialer
+        {
+            dialer.limit(Instant::now(), false);
+        }
+    }
+
+    // CRIU has ended.
+    pub(super) fn ended(&mut self, outcome: Result<(), String>) {
+        if self.session.is_running() && outcome.is_ok() {
+            let (images, bytes) = (self.images.len(), pump::human(self.images.bytes()));
+            log::info!("the dump is complete: {images} images, {bytes}");
+            if !self.session.is_linked() {
+                log::warn!(
+                    "there is no link: this may be the only copy of the process; it is kept until it is sent"
+                );
+            }
+            if let Some(dialer) = &mut self.dialer {
+                dialer.limit(Instant::now(), true);
+            }
+        }
+        let decision = self.session.ended(outcome);
+        self.decide(decision);
+    }
+
+    pub(super) fn failed(&mut self, why: String) {
+        let decision = self.session.failed(&why);
+        self.decide(decision);
+    }
+
+    // Whether CRIU may have finished already: it writes inventory.img last.
+    pub(super) fn may_be_only_copy(&self) -> bool {
+        match self.session.dialect() {
+            None => false,
+            Some(Dialect::Stream) => {
+                let inventory = Key::stream(catalog::INVENTORY);
+                self.pipes.contains_key(&inventory) || self.images.get(&inventory).is_some()
+            }
+            Some(Dialect::Remote) => {
+                if self.finish.is_some() {
+                    return true;
+                }
+                let last = self.images.last_snapshot(&self.bodies);
+                let is_inventory = |key: &Key| {
+                    key.name[..] == *catalog::INVENTORY
+                        && last.as_ref().is_none_or(|id| key.snapshot_id[..] == id[..])
+                };
+                self.writers.keys().chain(self.images.keys()).any(is_inventory)
+            }
+        }
+    }
+
+    pub(super) fn may_drain(&self) -> bool {
+        let stream_ended = self.session.dialect() == Some(Dialect::Stream) && self.capture.is_none();
+        self.session.is_linked() || stream_ended || self.may_be_only_copy()
+    }
+
+    pub(super) fn decide(&mut self, decision: Decision) {
+        match decision {
+            Decision::Nothing => {}
+            Decision::Connect => self.dial(),
+            Decision::SendAnew => self.send_anew(),
+            Decision::Stay => log::warn!(
+                "asked to end, but this may be the only copy of the process ({} images, {}): it stays until they \
+                 are sent; ask once more to drop them",
+                self.images.len(),
+                pump::human(self.images.bytes())
+            ),
+            Decision::Over(outcome) => self.over(outcome),
+        }
+    }
+
+    pub(super) fn over(&mut self, outcome: Result<(), String>) {
+        match &outcome {
+            Ok(()) => {
+                let (images, bytes) = self.sender.sent();
+                if images > 0 {
+                    let bytes = pump::human(bytes);
+                    log::info!(
+                        "{images} images, {bytes}: sent, not confirmed (the peer speaks the seed protocol)"
+                    );
+                }
+                if let Some(dialer) = &mut self.dialer {
+                    dialer.served();
+                }
+            }
+            Err(why) if self.images.is_empty() => log::error!("{why}"),
+            Err(why) => log::error!(
+                "{why}; {} images, {}, are dropped",
+                self.images.len(),
+                pump::human(self.images.bytes())
+            ),
+        }
+        if let Some(Conn::Link(link)) = self.link.take().and_then(|id| self.conns.remove(id))
+            && outcome.is_err()
+        {
+            link.reset();
+        }
+        // What has not asked for anything yet belongs to no session.
+        let capture = self.capture.take();
+        let ours = self.conns.iter().filter(|(id, conn)| match conn {
+            Conn::Capture(_) => Some(*id) == capture,
+            Conn::Remote(client) => client.has_asked() && !self.held_back.contains(id),
+            Conn::Pipe(_) => true,
+            Conn::Link(_) | Conn::Local(_) => false,
+        });
+        let ours: Vec<_> = ours.map(|(id, _)| id).collect();
+        self.finish = None;
+        self.fence = Fence::default();
+        self.writers.clear();
+        self.waits = Waits::default();
+        self.open_writes.clear();
+        self.pipes.clear();
+        for id in ours {
+            let body = match self.conns.remove(id) {
+                Some(Conn::Remote(client)) => client.body(),
+                Some(Conn::Pipe(pipe)) => Some(pipe.inflow.body),
+                _ => None,
+            };
+            if let Some(body) = body {
+                self.bodies.release(body);
+            }
+        }
+        self.sender.clear(&mut self.bodies);
+        self.images.clear(&mut self.bodies);
+        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
+        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.conns.again(id);
+        }
+        for id in std::mem::take(&mut self.held_back) {
+            self.run_request(id);
+        }
+        if !self.session.stays() {
+            self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+        } else if self.session.is_idle() {
+            self.session.link_lost("the session is over", false);
+            self.dial();
+        }
+    }
+
+    pub(super) fn decide_deferred(&mut self) {
+        let mut due = Vec::new();
+        for (event, batches) in std::mem::take(&mut self.deferred) {
+            match batches.checked_sub(1) {
+                Some(less) => self.deferred.push((event, less)),
+                None => due.push(event),
+            }
+        }
+        for event in due {
+            let only_copy = self.may_be_only_copy();
+            let decision = match event {
+                Deferred::LinkLost(why) => {
+                    self.sender.clear(&mut self.bodies);
+                    self.session.link_lost(&why, only_copy)
+                }
+                // Meanwhile there is one.
+                Deferred::NoLink(_) if self.session.is_linked() => Decision::Nothing,
+                Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
+                    // The search that is under way has no end any more.
+                    Decision::Connect => Decision::Nothing,
+                    other => other,
+                },
+                Deferred::Asked(signal) => {
+                    let decision = self.session.terminate(signal, only_copy);
+                    if let Decision::Over(outcome) = &decision {
+                        self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+                    }
+                    decision
+                }
+            };
+            self.decide(decision);
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The life of a session as pure state: events in, decisions out. No descriptor, no clock, no image.
+//!
+//! A session is one dump with what becomes of it. On the source it begins with CRIU's first valid request
+//! and ends when the images are delivered, or when it has failed. On the destination it begins with the
+//! peer's first valid frame and ends when a restore has succeeded, or when the dump has failed.
+//!
+//! The rule behind every decision: fail towards the running process. While CRIU can still be made to fail, a
+//! failure is passed on to it at once and the source process runs on. From the moment at which CRIU may
+//! have finished, this side may hold the only copy, and nothing is given up by itself any more.
+
+pub mod sink;
+pub mod source;
+
+pub use sink::Sink;
+pub use source::{Begun, Source};
+
+/// How CRIU talks to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// `criu --remote`.
+    Remote,
+    /// `criu --stream`.
+    Stream,
+}
+
+/// How we are asked to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// SIGTERM or SIGINT: somebody wants it.
+    End,
+    /// SIGHUP: the terminal has gone, perhaps with the operator's connection.
+    Hangup,
+}
+
+impl Ask {
+    // Whether this is a second request to end; `before` remembers the first.
+    fn insists(self, before: &mut bool) -> bool {
+        match self {
+            Self::Hangup => false,
+            Self::End => std::mem::replace(before, true),
+        }
+    }
+}
+
+/// What to do after an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Go on.
+    Nothing,
+    /// Try to get a link.
+    Connect,
+    /// Send everything that is held, from the beginning, on the new link.
+    SendAnew,
+    /// Stay, although asked to go; the log says why.
+    Stay,
+    /// The session is over: close what belongs to it. On an error the link is reset.
+    Over(Result<(), String>),
+}
