@@ -121,6 +121,15 @@ fn a_dead_daemons_sockets_are_replaced_and_a_live_ones_are_not() {
     assert_eq!(third.terminate(), 1);
 }
 
+/// A process that is nobody's child: ended if its test fails.
+struct KillOnDrop(Pid);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
 #[test]
 fn in_the_background() {
     let dir = Dir::new();
@@ -132,12 +141,14 @@ fn in_the_background() {
     TcpStream::connect(address.trim()).unwrap();
     connect(&dir.join("streamer-serve.sock"));
     let pid: i32 = fs::read_to_string(dir.join("pid")).unwrap().trim().parse().unwrap();
+    let guard = KillOnDrop(Pid::from_raw(pid).unwrap());
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let session = stat.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap();
     assert_eq!(session, pid.to_string(), "a session of its own");
     assert!(fs::read_to_string(dir.join("criu-relay-cache.log")).unwrap().contains("is ready"));
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     wait_until("it has ended", || !dir.join("pid").exists());
+    std::mem::forget(guard);
     assert!(!dir.join("streamer-serve.sock").exists());
 }
 

@@ -60,6 +60,11 @@ impl Dialer {
         self.linked_at = None;
     }
 
+    /// The window is over, although there is a link just now.
+    pub fn is_late(&mut self, now: Instant) {
+        self.until = Some(now);
+    }
+
     /// Whether a search is under way that nothing will end.
     pub fn is_endless(&self) -> bool {
         self.searching && self.until.is_none()
@@ -159,6 +164,12 @@ mod tests {
             }
             now = dialer.wake_at().unwrap();
         }
+        // A link that stands at the very end and is lost at once changes nothing.
+        dialer.start(now, false);
+        dialer.succeeded(now);
+        dialer.is_late(now);
+        dialer.start(now, false);
+        assert!(dialer.gave_up(now));
         // One that has stood for a while begins it anew.
         dialer.start(now, false);
         dialer.succeeded(now);

@@ -171,8 +171,13 @@ impl Proxy {
                     self.sender.clear(&mut self.bodies);
                     self.session.link_lost(&why, only_copy)
                 }
-                // Meanwhile there is one.
-                Deferred::NoLink(_) if self.session.is_linked() => Decision::Nothing,
+                // Meanwhile there is one. Should it be lost at once, the time is still up.
+                Deferred::NoLink(_) if self.session.is_linked() => {
+                    if let Some(dialer) = &mut self.dialer {
+                        dialer.is_late(Instant::now());
+                    }
+                    Decision::Nothing
+                }
                 Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
                     // The search that is under way has no end any more.
                     Decision::Connect => Decision::Nothing,

@@ -107,7 +107,7 @@ impl Daemon {
         let mut out = child.stdout.take().unwrap();
         let mut daemon = Self { child, dir, port: 0, log };
         daemon.wait_log("is ready in");
-        if args.contains(&"--ps-socket") || !daemon.log().contains("cache") {
+        if !daemon.log().contains("listening at") {
             return daemon;
         }
         let mut line = Vec::new();
