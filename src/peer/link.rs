@@ -24,6 +24,9 @@ use crate::store::Bodies;
 const LOOK: Duration = Duration::from_millis(5);
 const LOOK_MAX: Duration = Duration::from_millis(500);
 
+/// Blocks that a peer may send at a time although there is nothing to say.
+const CHATTER: u32 = 16;
+
 /// The link as the proxy sees it.
 #[derive(Debug)]
 pub struct Link {
@@ -93,11 +96,10 @@ impl Link {
         match &mut self.state {
             State::Connecting { .. } => self.connected(),
             State::Up { idle } => {
-                if let Err(why) = discard(&self.fd, block).and_then(|open| match open {
-                    true => Ok(()),
-                    false => Err("the peer closed it".into()),
-                }) {
-                    return LinkStep::Lost(why);
+                match discard(&self.fd, block) {
+                    Ok(true) => {}
+                    Ok(false) => return LinkStep::Lost("the peer closed it".into()),
+                    Err(why) => return LinkStep::Lost(why),
                 }
                 let flow = sender.step(bodies, self.fd.as_fd());
                 *idle = matches!(flow, Ok(Flow::End));
@@ -176,9 +178,10 @@ impl Link {
     }
 }
 
-// A peer of the seed protocol says nothing; should one, it is dropped. Ok(false): it has closed.
+// A peer of the seed protocol says nothing. Should one, what it says is dropped; one that does not stop fails
+// the link instead of taking all our time. Ok(false): it has closed.
 fn discard(link: &OwnedFd, block: &mut [u8]) -> Result<bool, String> {
-    loop {
+    for _ in 0..CHATTER {
         match recv(link, &mut *block, RecvFlags::DONTWAIT) {
             Ok((_, 0)) => return Ok(false),
             Ok(_) | Err(Errno::INTR) => {}
@@ -186,6 +189,7 @@ fn discard(link: &OwnedFd, block: &mut [u8]) -> Result<bool, String> {
             Err(error) => return Err(error.to_string()),
         }
     }
+    Err("the peer does not stop talking, which no cache does".into())
 }
 
 impl Pollable for Link {
