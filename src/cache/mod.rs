@@ -285,7 +285,8 @@ impl Cache {
         match conn {
             Conn::Listener(_) => {
                 log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
-                self.exit = Some(Exit::Failed);
+                // What is here may still be the only copy.
+                self.terminate(Ask::End);
             }
             Conn::Remote(client) => {
                 match (client.key(), why) {
@@ -369,6 +370,8 @@ impl Role for Cache {
                 listener.resume();
                 self.settle(id);
             }
+            // It is we who have not looked.
+            Some(Conn::Parked(parked)) if self.session.is_receiving() => parked.be_patient(),
             Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }

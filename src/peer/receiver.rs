@@ -57,6 +57,11 @@ impl Parked {
         &self.name
     }
 
+    /// Its time begins anew when it is looked at next.
+    pub fn be_patient(&mut self) {
+        self.until = None;
+    }
+
     /// Looks at its first frame, taking nothing. The error is the second half of a sentence.
     pub fn step(&mut self, block: &mut [u8]) -> Result<Shown, String> {
         let seen = &mut block[..LENGTH + MAX_BODY];

@@ -279,7 +279,8 @@ impl Proxy {
             Conn::Link(_) => self.link_gone(why.unwrap_or_default()),
             Conn::Local(_) => {
                 log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
-                self.exit = Some(Exit::Failed);
+                // What is here may still be the only copy.
+                self.terminate(Ask::End);
             }
         }
     }
