@@ -127,6 +127,34 @@ fn sessions_follow_one_another_at_once() {
 }
 
 #[test]
+fn nobody_waits_frozen_behind_a_dump_that_has_no_cache() {
+    let (listener, port) = old_listener();
+    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let (link, _) = listener.accept().unwrap();
+    proxy.wait_log("connected to");
+    let mut dump = Dump::connect(&proxy);
+    dump.write("pages-1.img", &pattern(16 << 20, 1));
+    dump.end();
+    proxy.wait_log("the dump is complete");
+    // While it is being delivered the next may wait, in either dialect ...
+    let mut next = Dump::connect(&proxy);
+    let _pages = next.open("pages-1.img");
+    let mut writer =
+        open_remote(&proxy.dir.join("img-proxy.sock"), &key("", "parent"), Some(WriteMode::Append));
+    // ... but not when nobody knows for how long.
+    drop((listener, link));
+    assert_closed(&mut next.0);
+    assert_closed(&mut writer);
+    let mut later = Dump::connect(&proxy);
+    assert_closed(&mut later.0);
+    proxy.wait_log("the images of the last dump wait for their cache");
+    // They are still here.
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    assert_eq!(old_cache(listener.accept().unwrap().0).0.len(), 3);
+    proxy.wait_log("sent, not confirmed");
+}
+
+#[test]
 fn a_criu_that_has_asked_for_nothing_belongs_to_no_session() {
     let mut cache = Daemon::cache(&["--keep"]);
     let mut proxy = Daemon::proxy(cache.port, &["--keep"]);

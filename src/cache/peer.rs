@@ -43,7 +43,17 @@ impl Cache {
         Ok(())
     }
 
+    // Looks at those who connected before it first: a proxy's sessions become complete in their order.
     pub(super) fn step_parked(&mut self, id: Id) {
+        for parked in self.parked.clone() {
+            self.look_at(parked);
+            if parked == id {
+                break;
+            }
+        }
+    }
+
+    fn look_at(&mut self, id: Id) {
         if self.session.is_receiving() {
             return;
         }

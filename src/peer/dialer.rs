@@ -65,6 +65,11 @@ impl Dialer {
         self.until = Some(now);
     }
 
+    /// Whether an attempt of the search under way has failed.
+    pub fn is_in_vain(&self) -> bool {
+        self.searching && !self.last_error.is_empty()
+    }
+
     /// Whether a search is under way that nothing will end.
     pub fn is_endless(&self) -> bool {
         self.searching && self.until.is_none()
@@ -92,6 +97,7 @@ impl Dialer {
     /// The attempt succeeded: the search is over.
     pub fn succeeded(&mut self, now: Instant) {
         self.next = 0;
+        self.last_error.clear();
         self.searching = false;
         self.linked_at = Some(now);
     }

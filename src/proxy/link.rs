@@ -58,6 +58,7 @@ impl Proxy {
         if let Some(dialer) = &mut self.dialer {
             dialer.failed(Instant::now(), why);
         }
+        self.release_held();
     }
 
     pub(super) fn link_gone(&mut self, why: String) {

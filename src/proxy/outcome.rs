@@ -141,18 +141,12 @@ impl Proxy {
         }
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
-        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
-        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
-            self.conns.again(id);
-        }
-        for id in std::mem::take(&mut self.held_back) {
-            self.run_request(id);
-        }
         if !self.session.stays() {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
-        } else if self.session.is_idle() {
+        } else {
             self.session.link_lost("the session is over", false);
             self.dial();
+            self.release_held();
         }
     }
 
@@ -192,6 +186,8 @@ impl Proxy {
                 }
             };
             self.decide(decision);
+            // What they wait for may take longer now, or never come.
+            self.release_held();
         }
     }
 }

@@ -33,7 +33,9 @@ impl Proxy {
         match client.request().cloned() {
             Some(Request::Read(key)) => self.in_line(id, &key),
             // The last session is about to end: its turn comes then.
-            Some(Request::Write(..)) if self.session.is_complete() && self.session.stays() => {
+            Some(Request::Write(..))
+                if self.session.is_complete() && self.session.stays() && self.may_end_soon() =>
+            {
                 self.held_back.push(id);
             }
             Some(Request::Write(key, _)) => {

@@ -13,7 +13,7 @@ use crate::{net, pump};
 
 impl Proxy {
     pub(super) fn step_capture(&mut self, id: Id) {
-        // The last session may be about to end: this one's turn comes then.
+        // The last session is about to end: this one's turn comes then.
         if self.capture != Some(id) && self.capture_is_busy().is_ok() && !self.session.is_idle() {
             return;
         }
@@ -29,17 +29,38 @@ impl Proxy {
     }
 
     // Whether another dump can't come now, nor in a moment. The one that runs is looked at once more: its CRIU
-    // may have ended before the next connected.
+    // may have ended before the next connected. Without a link the moment may be long, and a process may be
+    // frozen for it.
     pub(super) fn capture_is_busy(&mut self) -> Result<(), &'static str> {
         if let Some(capture) = self.capture {
             self.step_capture(capture);
         }
         if self.capture.is_some() || self.session.dialect() == Some(Dialect::Remote) {
             Err("a dump is in progress, one at a time")
-        } else if !self.session.is_idle() && !self.session.stays() {
+        } else if self.session.is_idle() {
+            Ok(())
+        } else if !self.session.stays() {
             Err("this proxy has had its dump")
+        } else if !self.may_end_soon() {
+            Err("the images of the last dump wait for their cache")
         } else {
             Ok(())
+        }
+    }
+
+    // Whether the session that is being delivered has a link, or is about to have one.
+    pub(super) fn may_end_soon(&self) -> bool {
+        self.session.is_linked() || self.dialer.as_ref().is_some_and(|dialer| !dialer.is_in_vain())
+    }
+
+    // Those who wait for the last session to end are looked at again.
+    pub(super) fn release_held(&mut self) {
+        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
+        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.conns.again(id);
+        }
+        for id in std::mem::take(&mut self.held_back) {
+            self.run_request(id);
         }
     }
 
