@@ -18,14 +18,14 @@ fn main() -> ExitCode {
         Ok(Command::Run(options)) => match daemon::run(&options) {
             Ok(Exit::Done) => ExitCode::SUCCESS,
             Ok(Exit::Failed) => ExitCode::FAILURE,
-            Err(why) => {
-                eprintln!("criu-relay: {why}");
-                ExitCode::FAILURE
-            }
+            Err(why) => complain(&why, 1),
         },
-        Err(why) => {
-            eprintln!("criu-relay: {why}");
-            ExitCode::from(2)
-        }
+        Err(why) => complain(&why, 2),
     }
+}
+
+// eprintln! would panic where stderr is full or gone, and change the status.
+fn complain(why: &str, status: u8) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "criu-relay: {why}");
+    ExitCode::from(status)
 }

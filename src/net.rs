@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
 use rustix::io::Errno;
 use rustix::net::{
@@ -75,6 +76,12 @@ pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
 /// Whether whoever is on the other side has closed: for states in which nothing may be read.
 pub fn is_hung_up(socket: BorrowedFd<'_>) -> bool {
     matches!(peek(socket, &mut [0; 1]), Ok(Received::End) | Err(_))
+}
+
+/// Whether whoever is on the other side will send nothing more, whatever of it is still to be read.
+pub fn has_ended(socket: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Which end of a pipe a descriptor has to be.

@@ -18,6 +18,7 @@ struct Dump {
     // The peer of the last link has seen a part of this session, and that link is lost.
     torn: bool,
     asked: bool,
+    leaves: bool,
     last_failed: Option<bool>,
 }
 
@@ -31,6 +32,7 @@ impl Dump {
             linked: false,
             torn: false,
             asked: false,
+            leaves: false,
             last_failed: None,
         }
     }
@@ -41,7 +43,7 @@ impl Dump {
         assert_eq!(source.is_complete(), self.complete);
         assert_eq!(source.is_idle(), self.dialect.is_none() && !self.complete);
         assert_eq!(source.is_linked(), self.linked);
-        assert_eq!(source.stays(), self.keep && !self.asked);
+        assert_eq!(source.stays(), self.keep && !self.leaves);
     }
 
     // The session has gone. `criu_goes_on`: it was not CRIU that ended.
@@ -91,7 +93,7 @@ fn source(keep: bool, input: &mut Input) {
                     (true, false) => {
                         assert!(is_failure(&decision));
                         dump.over(true, false);
-                        ends = !keep || dump.asked;
+                        ends = !keep || dump.leaves;
                     }
                     (false, _) => {
                         assert_eq!(decision, Decision::Nothing);
@@ -104,7 +106,7 @@ fn source(keep: bool, input: &mut Input) {
                 assert_eq!(is_failure(&decision), running, "CRIU fails while it can, and only then");
                 if running {
                     dump.over(true, true);
-                    ends = !keep || dump.asked;
+                    ends = !keep || dump.leaves;
                 } else {
                     assert_eq!(decision, Decision::Nothing);
                 }
@@ -121,7 +123,7 @@ fn source(keep: bool, input: &mut Input) {
                 if running && !a {
                     assert!(is_failure(&decision), "CRIU can be made to fail, at once");
                     dump.over(true, true);
-                    ends = !keep || dump.asked;
+                    ends = !keep || dump.leaves;
                 } else {
                     assert_eq!(decision, Decision::Connect, "the only copy is never given up");
                     dump.torn |= running || dump.complete;
@@ -133,7 +135,7 @@ fn source(keep: bool, input: &mut Input) {
                 assert_eq!(is_failure(&decision), gives_up);
                 if gives_up {
                     dump.over(true, running);
-                    ends = !keep || dump.asked;
+                    ends = !keep || dump.leaves;
                 } else {
                     assert_eq!(decision, Decision::Connect);
                 }
@@ -142,7 +144,7 @@ fn source(keep: bool, input: &mut Input) {
                 assert_eq!(source.delivered(), Decision::Over(Ok(())));
                 dump.linked = false;
                 dump.over(false, false);
-                ends = !keep || dump.asked;
+                ends = !keep || dump.leaves;
             }
             15 if b => {
                 let precious = dump.complete || (running && a);
@@ -150,6 +152,7 @@ fn source(keep: bool, input: &mut Input) {
                 if precious && !(dump.asked && signal == Ask::End) {
                     assert_eq!(decision, Decision::Stay, "only a second request costs the only copy");
                     dump.asked |= signal == Ask::End;
+                    dump.leaves = true;
                 } else {
                     let cut_off = running || dump.complete;
                     let failed = cut_off || dump.last_failed.unwrap_or(!keep);
@@ -176,15 +179,15 @@ enum Held {
 }
 
 fn sink(keep: bool, input: &mut Input) {
-    let fresh = (Held::Nothing, false, false, None);
+    let fresh = (Held::Nothing, false, false, false, None);
     let mut sink = Sink::new(keep);
-    let (mut held, mut receiving, mut asked, mut last_failed) = fresh;
+    let (mut held, mut receiving, mut asked, mut leaves, mut last_failed) = fresh;
     while let Some(event) = input.byte() {
         let (a, signal) = (event & 16 != 0, signal(event));
         let mut ends = false;
         match event % 16 {
             0 | 4 | 5 => {
-                let taken = !receiving && (keep && !asked || held == Held::Nothing);
+                let taken = !receiving && (keep || held == Held::Nothing);
                 assert_eq!(sink.peer().is_ok(), taken);
                 receiving |= taken;
             }
@@ -197,7 +200,7 @@ fn sink(keep: bool, input: &mut Input) {
                 } else {
                     assert!(is_failure(&decision));
                     last_failed = Some(true);
-                    ends = (!keep || asked) && held != Held::OnlyCopy;
+                    ends = (!keep || leaves) && held != Held::OnlyCopy;
                 }
             }
             2 | 8 => {
@@ -205,7 +208,7 @@ fn sink(keep: bool, input: &mut Input) {
                 if a && held != Held::Nothing {
                     assert_eq!(decision, Decision::Over(Ok(())));
                     (held, last_failed) = (Held::Restored, Some(false));
-                    ends = (!keep || asked) && held != Held::OnlyCopy;
+                    ends = (!keep || leaves) && held != Held::OnlyCopy;
                 } else {
                     assert_eq!(decision, Decision::Nothing, "a failed restore costs nothing");
                 }
@@ -215,6 +218,7 @@ fn sink(keep: bool, input: &mut Input) {
                 if held == Held::OnlyCopy && !(asked && signal == Ask::End) {
                     assert_eq!(decision, Decision::Stay, "only a second request costs the only copy");
                     asked |= signal == Ask::End;
+                    leaves = true;
                 } else {
                     let lost = held == Held::OnlyCopy || receiving;
                     let failed = lost || last_failed.unwrap_or(!keep);
@@ -227,11 +231,12 @@ fn sink(keep: bool, input: &mut Input) {
         }
         if ends {
             sink = Sink::new(keep);
-            (held, receiving, asked, last_failed) = fresh;
+            (held, receiving, asked, leaves, last_failed) = fresh;
         }
         assert_eq!(sink.is_receiving(), receiving);
         assert_eq!(sink.has_only_copy(), held == Held::OnlyCopy);
-        assert_eq!(sink.stays(), keep && !asked);
+        assert_eq!(sink.stays(), keep && !leaves);
+        assert_eq!(sink.is_done(), held == Held::Restored && !receiving && !sink.stays());
         assert_eq!(sink.takes_peers(), sink.stays() || held == Held::Nothing);
     }
 }

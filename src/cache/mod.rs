@@ -41,6 +41,11 @@ pub const PARKED_AT_LEAST: Duration = Duration::from_secs(10);
 /// header is read in the next, and the fence takes a third.
 const FAREWELL: u8 = 4;
 
+/// Quiet batches until a signal is decided, and batches after which it is decided in any case. In one batch a
+/// MiB is taken from the peer at most; what its kernel counts as delivered is a few of them.
+const DEFER: u8 = 3;
+const DEFER_AT_MOST: u16 = 64;
+
 /// How the peer reaches the cache.
 #[derive(Debug)]
 pub enum Reach {
@@ -147,8 +152,10 @@ pub struct Cache {
     bodies: Bodies,
     session: Sink,
     exit: Option<Exit>,
-    // Restored: leave as soon as nobody reads any more.
-    leaving: bool,
+    // A signal, and the batches until it is decided: the peer may have ended in the same moment.
+    asks: VecDeque<(Ask, u8, u16)>,
+    // Whether there is more to take, from the peer or of connections, than a batch takes.
+    busy: bool,
     // Failed, for good: so many batches more, in which whoever has connected already is told.
     failing: Option<u8>,
 
@@ -194,7 +201,8 @@ impl Cache {
             bodies: Bodies::new(setup.max_memfds),
             session: Sink::new(setup.keep),
             exit: None,
-            leaving: false,
+            asks: VecDeque::new(),
+            busy: false,
             failing: None,
             incoming: Catalog::default(),
             last: None,
@@ -222,6 +230,7 @@ impl Cache {
         let (accepted, flow) = listener.accept(room);
         self.settle(id);
         if flow == Flow::Again {
+            self.busy = true;
             self.conns.again(id);
         }
         for fd in accepted {
@@ -255,7 +264,8 @@ impl Cache {
                  process; ask once more to drop it",
                 self.last.as_ref().map_or(0, |images| images.len())
             ),
-            Decision::Over(Ok(())) => self.leaving = !self.session.stays(),
+            // When nobody reads any more, it is time to leave.
+            Decision::Over(Ok(())) => {}
             Decision::Over(Err(why)) => {
                 match self.incoming.len() {
                     0 => log::error!("{why}"),
@@ -285,8 +295,9 @@ impl Cache {
         match conn {
             Conn::Listener(_) => {
                 log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
-                // What is here may still be the only copy.
-                self.terminate(Ask::End);
+                if !self.session.has_only_copy() && !self.session.is_receiving() {
+                    self.exit = Some(Exit::Failed);
+                }
             }
             Conn::Remote(client) => {
                 match (client.key(), why) {
@@ -393,17 +404,43 @@ impl Role for Cache {
                 None => self.exit = Some(Exit::Failed),
             }
         }
+        self.decide_asks();
         let reads = |conn: &Conn| match conn {
             Conn::Remote(client) => client.is_reading(),
             conn => matches!(conn, Conn::Pipe(_)),
         };
-        if self.exit.is_none() && self.leaving && !self.conns.iter().any(|(_, conn)| reads(conn)) {
-            self.exit = Some(Exit::Done);
+        if self.session.is_done()
+            && !self.has_waiting_peer()
+            && !self.conns.iter().any(|(_, conn)| reads(conn))
+        {
+            self.exit = self.exit.or(Some(Exit::Done));
         }
-        (self.fence.is_waiting() || self.failing.is_some(), self.exit)
+        (self.fence.is_waiting() || self.failing.is_some() || !self.asks.is_empty(), self.exit)
     }
 
     fn terminate(&mut self, signal: Ask) {
+        self.asks.push_back((signal, DEFER, DEFER_AT_MOST));
+    }
+}
+
+impl Cache {
+    // A peer whose whole session is in our socket already has a source that is dead: a signal that comes at the
+    // same time is decided when that has been read.
+    fn decide_asks(&mut self) {
+        let quiet = !std::mem::take(&mut self.busy);
+        for (_, left, at_most) in &mut self.asks {
+            *left -= u8::from(quiet && *left > 0);
+            *at_most -= u16::from(*at_most > 0);
+        }
+        while let Some((signal, left, at_most)) = self.asks.front().copied()
+            && (left == 0 || at_most == 0)
+        {
+            self.asks.pop_front();
+            self.asked(signal);
+        }
+    }
+
+    fn asked(&mut self, signal: Ask) {
         let only_copy = self.session.has_only_copy();
         let decision = self.session.terminate(signal);
         if let Decision::Over(outcome) = &decision {

@@ -28,7 +28,7 @@ impl Cache {
         let now = Instant::now();
         if self.parked.len() >= MAX_PARKED {
             let is_old = |id: &Id| match self.conns.get(*id) {
-                Some(Conn::Parked(parked)) => now >= parked.since() + PARKED_AT_LEAST,
+                Some(Conn::Parked(parked)) => now >= parked.since() + PARKED_AT_LEAST && parked.is_silent(),
                 _ => true,
             };
             // The youngest of those that have had their time: the oldest may be a proxy that waits for its dump.
@@ -41,6 +41,14 @@ impl Cache {
         let id = self.conns.insert(parked).map_err(|error| error.to_string())?;
         self.parked.push_back(id);
         Ok(())
+    }
+
+    // Whether somebody who waits for this session to end has sent something.
+    pub(super) fn has_waiting_peer(&self) -> bool {
+        self.parked.iter().any(|id| match self.conns.get(*id) {
+            Some(Conn::Parked(parked)) => !parked.is_silent(),
+            _ => false,
+        })
     }
 
     // Looks at those who connected before it first: a proxy's sessions become complete in their order.
@@ -103,7 +111,10 @@ impl Cache {
         }
         match arrival {
             Ok(Arrival::Wait) => self.settle(id),
-            Ok(Arrival::Again) => self.conns.again(id),
+            Ok(Arrival::Again) => {
+                self.busy = true;
+                self.conns.again(id);
+            }
             Ok(Arrival::End) => {
                 self.conns.remove(id);
                 let outcome = self.incoming.check(&self.bodies);
@@ -139,7 +150,7 @@ impl Cache {
         for parked in self.parked.clone() {
             self.conns.again(parked);
         }
-        if !self.session.takes_peers() {
+        if self.session.is_full() {
             let peers = self.conns.iter().filter(|(_, conn)| match conn {
                 Conn::Listener(listener) => listener.kind() == Kind::Peer,
                 conn => matches!(conn, Conn::Parked(_)),

@@ -29,6 +29,11 @@ impl Fence {
         self.pending.remove(&order);
     }
 
+    /// Whether this connection's operation waits here.
+    pub fn holds(&self, order: u64) -> bool {
+        self.pending.contains_key(&order)
+    }
+
     /// A batch is over: the operations that may run now, in order.
     pub fn pass(&mut self) -> Vec<Id> {
         let batch = self.batch;

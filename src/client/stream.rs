@@ -64,6 +64,11 @@ impl Capture {
         Self { fd, wire: stream::Capture::default(), patience: Patience::new(now) }
     }
 
+    /// It waits for us: its time begins anew with the next step.
+    pub fn be_patient(&mut self) {
+        self.patience.until = None;
+    }
+
     /// Goes on. The error is the second half of a sentence.
     pub fn step(&mut self, block: &mut [u8]) -> Result<Captured, String> {
         loop {

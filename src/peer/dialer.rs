@@ -65,6 +65,11 @@ impl Dialer {
         self.until = Some(now);
     }
 
+    /// What became of the last link.
+    pub fn note(&mut self, why: &str) {
+        why.clone_into(&mut self.last_error);
+    }
+
     /// Whether an attempt of the search under way has failed.
     pub fn is_in_vain(&self) -> bool {
         self.searching && !self.last_error.is_empty()

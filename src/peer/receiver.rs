@@ -57,6 +57,11 @@ impl Parked {
         &self.name
     }
 
+    /// Whether nothing of it has come.
+    pub fn is_silent(&self) -> bool {
+        !matches!(net::peek(self.fd.as_fd(), &mut [0; 1]), Ok(Received::Bytes(..)))
+    }
+
     /// Its time begins anew when it is looked at next.
     pub fn be_patient(&mut self) {
         self.until = None;

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Conn, DEFER, Deferred, Proxy};
+use super::{Conn, Deferred, Proxy};
 use crate::peer::dialer::Dialer;
 use crate::peer::link::{Link, LinkStep};
 use crate::reactor::Exit;
@@ -11,6 +11,9 @@ use crate::wire::criu::WriteMode;
 
 impl Proxy {
     pub(super) fn dial(&mut self) {
+        if self.link.is_some() {
+            return;
+        }
         let for_ever = self.session.is_complete() || self.may_be_only_copy();
         match &mut self.dialer {
             Some(dialer) => dialer.start(Instant::now(), for_ever),
@@ -58,13 +61,20 @@ impl Proxy {
         if let Some(dialer) = &mut self.dialer {
             dialer.failed(Instant::now(), why);
         }
-        self.release_held();
+        self.turn_away();
     }
 
-    pub(super) fn link_gone(&mut self, why: String) {
+    pub(super) fn link_gone(&mut self, id: Id, why: String) {
+        if self.link != Some(id) {
+            return;
+        }
         log::warn!("the link to the cache is lost: {why}");
         self.link = None;
-        self.deferred.push((Deferred::LinkLost(why), DEFER));
+        if let Some(dialer) = &mut self.dialer {
+            dialer.note(&why);
+        }
+        let used = !self.session.is_idle();
+        self.defer(Deferred::LinkLost { why, used });
     }
 
     pub(super) fn send_anew(&mut self) {
@@ -91,7 +101,7 @@ impl Proxy {
             if self.session.stays() && self.session.is_idle() {
                 log::warn!("{why} The search goes on.");
             }
-            self.deferred.push((Deferred::NoLink(why), DEFER));
+            self.defer(Deferred::NoLink(why));
         }
         // A search without end is for the only copy: after a pre-dump, the next dump can still be made to fail.
         if self.session.is_running()
@@ -101,6 +111,15 @@ impl Proxy {
             && let Some(dialer) = &mut self.dialer
         {
             dialer.limit(now, false);
+        }
+        // The same where no search is possible.
+        if self.session.is_running()
+            && self.dialer.is_none()
+            && self.link.is_none()
+            && self.deferred.is_empty()
+            && !self.may_be_only_copy()
+        {
+            return self.failed("the inherited connection is gone".into());
         }
         if let Some(address) = self.dialer.as_mut().and_then(|dialer| dialer.due(now)) {
             let link = Link::connect(address, now).and_then(|link| self.conns.insert(Conn::Link(link)));

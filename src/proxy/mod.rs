@@ -15,7 +15,7 @@ mod outcome;
 mod remote;
 mod stream;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -107,14 +107,22 @@ impl Pollable for Conn {
 /// the same moment, and can't be made to fail any more.
 #[derive(Debug)]
 enum Deferred {
-    LinkLost(String),
+    /// `used`: a session was running.
+    LinkLost {
+        why: String,
+        used: bool,
+    },
     NoLink(String),
     Asked(Ask),
 }
 
-/// Batches until a deferred event is decided: in the next, the kernel tells of everything that had happened;
-/// an operation of the remote dialect runs one later.
+/// Quiet batches until a deferred event is decided: in the next, the kernel tells of everything that had
+/// happened; an operation of the remote dialect runs one later. A batch is quiet when nobody is left to be
+/// accepted, and no operation waits.
 const DEFER: u8 = 3;
+
+/// Batches after which it is decided in any case.
+const DEFER_AT_MOST: u16 = 1000;
 
 /// The role.
 #[derive(Debug)]
@@ -126,9 +134,13 @@ pub struct Proxy {
     images: Catalog,
     session: Source,
     exit: Option<Exit>,
+    // Asked to go, and done with what was in progress: to be left with this, if nothing else waits.
+    leaving: Option<Exit>,
     draining: bool,
     // What has happened and is decided some batches later.
-    deferred: Vec<(Deferred, u8)>,
+    deferred: VecDeque<(Deferred, u8, u16)>,
+    // Whether more clients wait to be accepted than a batch takes.
+    crowded: bool,
 
     // The remote dialect.
     accepted: u64,
@@ -139,8 +151,6 @@ pub struct Proxy {
     // By their place in the order: the writes that have passed the fence and not ended; the finish.
     open_writes: BTreeSet<u64>,
     finish: Option<u64>,
-    // Writers that came while the last session was being delivered.
-    held_back: Vec<Id>,
 
     // The stream dialect: the session's connection until it ends, its pipes.
     capture: Option<Id>,
@@ -177,15 +187,16 @@ impl Proxy {
             images: Catalog::default(),
             session,
             exit: None,
+            leaving: None,
             draining: false,
-            deferred: Vec::new(),
+            deferred: VecDeque::new(),
+            crowded: false,
             accepted: 0,
             fence: Fence::default(),
             writers: HashMap::new(),
             waits: Waits::default(),
             open_writes: BTreeSet::new(),
             finish: None,
-            held_back: Vec::new(),
             capture: None,
             pipes: HashMap::new(),
             dialer,
@@ -207,12 +218,13 @@ impl Proxy {
         let (accepted, flow) = listener.accept(room);
         self.settle(id);
         if flow == Flow::Again {
+            self.crowded = true;
             self.conns.again(id);
         }
         for fd in accepted {
             // A CRIU that can't be served is to see that before it has frozen anything.
             let busy = match dialect {
-                Dialect::Stream => self.capture_is_busy(),
+                Dialect::Stream => self.has_room_for_dump(),
                 Dialect::Remote => Ok(()),
             };
             if let Err(why) = net::check_user(&fd).and(busy.map_err(String::from)) {
@@ -276,11 +288,12 @@ impl Proxy {
                 self.bodies.release(pipe.inflow.body);
                 self.failed(format!("the pipe of {} {}", pipe.inflow.key, why.unwrap_or_default()));
             }
-            Conn::Link(_) => self.link_gone(why.unwrap_or_default()),
+            Conn::Link(_) => self.link_gone(id, why.unwrap_or_default()),
             Conn::Local(_) => {
                 log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
-                // What is here may still be the only copy.
-                self.terminate(Ask::End);
+                if self.session.is_idle() {
+                    self.exit = Some(Exit::Failed);
+                }
             }
         }
     }
@@ -310,6 +323,11 @@ impl Role for Proxy {
                 listener.resume();
                 self.settle(id);
             }
+            // It is we who don't read.
+            Some(Conn::Capture(capture)) if self.capture != Some(id) && !self.session.is_idle() => {
+                capture.be_patient();
+                self.settle(id);
+            }
             Some(Conn::Remote(_) | Conn::Capture(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }
@@ -328,8 +346,13 @@ impl Role for Proxy {
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
-        for id in self.fence.pass() {
-            self.run_request(id);
+        // Behind a finish comes the next dump, which has to wait until this one is over.
+        let mut held = self.is_ending();
+        if !held {
+            for id in self.fence.pass() {
+                self.run_request(id);
+            }
+            held = self.is_ending();
         }
         self.decide_deferred();
         self.tick_link(now);
@@ -345,10 +368,13 @@ impl Role for Proxy {
             }
         }
         self.draining = draining;
-        (self.fence.is_waiting() || !self.deferred.is_empty(), self.exit)
+        if self.leaving.is_some() && self.session.is_idle() && !self.has_waiting_dump() {
+            self.exit = self.exit.or(self.leaving);
+        }
+        ((self.fence.is_waiting() && !held) || !self.deferred.is_empty(), self.exit)
     }
 
     fn terminate(&mut self, signal: Ask) {
-        self.deferred.push((Deferred::Asked(signal), DEFER));
+        self.defer(Deferred::Asked(signal));
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Conn, Deferred, Proxy};
-use crate::client::fence::Fence;
+use super::{Conn, DEFER, DEFER_AT_MOST, Deferred, Proxy};
+use crate::peer::dialer::Dialer;
 use crate::pump;
 use crate::reactor::Exit;
 use crate::session::{Decision, Dialect};
@@ -16,6 +16,8 @@ impl Proxy {
             "a dump begins; it is not scripted: it counts as sent when the cache's kernel has it, and the cache \
              serves it then"
         );
+        // Its time for finding a link begins now.
+        self.deferred.retain(|(event, ..)| !matches!(event, Deferred::NoLink(_)));
         if !self.session.is_linked()
             && let Some(dialer) = &mut self.dialer
         {
@@ -69,8 +71,7 @@ impl Proxy {
     }
 
     pub(super) fn may_drain(&self) -> bool {
-        let stream_ended = self.session.dialect() == Some(Dialect::Stream) && self.capture.is_none();
-        self.session.is_linked() || stream_ended || self.may_be_only_copy()
+        self.session.is_linked() || self.is_ending() || self.may_be_only_copy()
     }
 
     pub(super) fn decide(&mut self, decision: Decision) {
@@ -114,17 +115,16 @@ impl Proxy {
         {
             link.reset();
         }
-        // What has not asked for anything yet belongs to no session.
+        // What has not asked for anything yet, or waits behind the fence, belongs to no session.
         let capture = self.capture.take();
         let ours = self.conns.iter().filter(|(id, conn)| match conn {
             Conn::Capture(_) => Some(*id) == capture,
-            Conn::Remote(client) => client.has_asked() && !self.held_back.contains(id),
+            Conn::Remote(client) => client.has_asked() && !self.fence.holds(client.order()),
             Conn::Pipe(_) => true,
             Conn::Link(_) | Conn::Local(_) => false,
         });
         let ours: Vec<_> = ours.map(|(id, _)| id).collect();
         self.finish = None;
-        self.fence = Fence::default();
         self.writers.clear();
         self.waits = Waits::default();
         self.open_writes.clear();
@@ -141,53 +141,83 @@ impl Proxy {
         }
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
-        if !self.session.stays() {
-            self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
-        } else {
+        self.deferred.retain(|(event, ..)| matches!(event, Deferred::Asked(_)));
+        let exit = if outcome.is_ok() { Exit::Done } else { Exit::Failed };
+        if self.session.is_asked_to_go() {
+            // Unless a CRIU that waits has ended already.
+            self.leaving = Some(exit);
+        }
+        if self.session.stays() || self.session.is_asked_to_go() {
             self.session.link_lost("the session is over", false);
             self.dial();
-            self.release_held();
+            let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
+            for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+                self.conns.again(id);
+            }
+        } else {
+            self.exit = Some(exit);
         }
     }
 
+    // Whether the session that is in progress takes nothing more: what comes belongs to the next.
+    pub(super) fn is_ending(&self) -> bool {
+        let stream_ended = self.session.dialect() == Some(Dialect::Stream) && self.capture.is_none();
+        self.session.is_complete() || self.finish.is_some() || stream_ended
+    }
+
+    // Whether it may take long until that one is delivered.
+    pub(super) fn is_stuck(&self) -> bool {
+        !self.session.is_linked() && self.dialer.as_ref().is_none_or(Dialer::is_in_vain)
+    }
+
+    pub(super) fn defer(&mut self, event: Deferred) {
+        self.deferred.push_back((event, DEFER, DEFER_AT_MOST));
+    }
+
     pub(super) fn decide_deferred(&mut self) {
-        let mut due = Vec::new();
-        for (event, batches) in std::mem::take(&mut self.deferred) {
-            match batches.checked_sub(1) {
-                Some(less) => self.deferred.push((event, less)),
-                None => due.push(event),
-            }
+        let crowded = std::mem::take(&mut self.crowded);
+        let quiet = !crowded && (self.is_ending() || !self.fence.is_waiting());
+        for (_, left, at_most) in &mut self.deferred {
+            *left -= u8::from(quiet && *left > 0);
+            *at_most -= u16::from(*at_most > 0);
         }
-        for event in due {
-            let only_copy = self.may_be_only_copy();
-            let decision = match event {
-                Deferred::LinkLost(why) => {
-                    self.sender.clear(&mut self.bodies);
-                    self.session.link_lost(&why, only_copy)
-                }
-                // Meanwhile there is one. Should it be lost at once, the time is still up.
-                Deferred::NoLink(_) if self.session.is_linked() => {
-                    if let Some(dialer) = &mut self.dialer {
-                        dialer.is_late(Instant::now());
-                    }
-                    Decision::Nothing
-                }
-                Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
-                    // The search that is under way has no end any more.
-                    Decision::Connect => Decision::Nothing,
-                    other => other,
-                },
-                Deferred::Asked(signal) => {
-                    let decision = self.session.terminate(signal, only_copy);
-                    if let Decision::Over(outcome) = &decision {
-                        self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
-                    }
-                    decision
-                }
-            };
+        while let Some((_, left, at_most)) = self.deferred.front()
+            && (*left == 0 || *at_most == 0)
+            && let Some((event, ..)) = self.deferred.pop_front()
+        {
+            let decision = self.decide_now(event);
             self.decide(decision);
-            // What they wait for may take longer now, or never come.
-            self.release_held();
+            self.turn_away();
+        }
+    }
+
+    fn decide_now(&mut self, event: Deferred) -> Decision {
+        let only_copy = self.may_be_only_copy();
+        match event {
+            Deferred::LinkLost { used: false, .. } => self.session.unused_link_lost(),
+            Deferred::LinkLost { why, .. } => {
+                self.sender.clear(&mut self.bodies);
+                self.session.link_lost(&why, only_copy)
+            }
+            // Meanwhile there is one. Should it be lost at once, the time is still up.
+            Deferred::NoLink(_) if self.session.is_linked() => {
+                if let Some(dialer) = &mut self.dialer {
+                    dialer.is_late(Instant::now());
+                }
+                Decision::Nothing
+            }
+            Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
+                // The search that is under way has no end any more.
+                Decision::Connect => Decision::Nothing,
+                other => other,
+            },
+            Deferred::Asked(signal) => {
+                let decision = self.session.terminate(signal, only_copy);
+                if let Decision::Over(outcome) = &decision {
+                    self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+                }
+                decision
+            }
         }
     }
 }

@@ -16,6 +16,8 @@ impl Proxy {
         let draining = self.may_drain();
         let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
         let order = client.order();
+        // Should it have to wait for that, it is to be woken.
+        self.draining &= draining;
         match client.step(&mut self.bodies, &mut self.block, draining) {
             Ok(Step::Wait) => {}
             Ok(Step::Again) => self.conns.again(id),
@@ -32,12 +34,6 @@ impl Proxy {
         let order = client.order();
         match client.request().cloned() {
             Some(Request::Read(key)) => self.in_line(id, &key),
-            // The last session is about to end: its turn comes then.
-            Some(Request::Write(..))
-                if self.session.is_complete() && self.session.stays() && self.may_end_soon() =>
-            {
-                self.held_back.push(id);
-            }
             Some(Request::Write(key, _)) => {
                 match self.session.request(Dialect::Remote, catalog::is_list(&key)) {
                     Ok(begun) => {

@@ -13,8 +13,8 @@ use crate::{net, pump};
 
 impl Proxy {
     pub(super) fn step_capture(&mut self, id: Id) {
-        // The last session is about to end: this one's turn comes then.
-        if self.capture != Some(id) && self.capture_is_busy().is_ok() && !self.session.is_idle() {
+        // Another session is about to end: this one's turn comes then.
+        if self.capture != Some(id) && self.is_ending() {
             return;
         }
         // To the end: whether CRIU is about to finish decides what a lost link or a signal means.
@@ -28,40 +28,47 @@ impl Proxy {
         }
     }
 
-    // Whether another dump can't come now, nor in a moment. The one that runs is looked at once more: its CRIU
-    // may have ended before the next connected. Without a link the moment may be long, and a process may be
-    // frozen for it.
-    pub(super) fn capture_is_busy(&mut self) -> Result<(), &'static str> {
+    // Whether another dump may come now, or has to wait for a moment only. The one that runs is looked at once
+    // more: its CRIU may have ended before the next connected. An error is why not.
+    pub(super) fn has_room_for_dump(&mut self) -> Result<(), &'static str> {
         if let Some(capture) = self.capture {
             self.step_capture(capture);
         }
-        if self.capture.is_some() || self.session.dialect() == Some(Dialect::Remote) {
-            Err("a dump is in progress, one at a time")
-        } else if self.session.is_idle() {
+        if self.session.is_idle() {
             Ok(())
+        } else if !self.is_ending() {
+            Err("a dump is in progress, one at a time")
         } else if !self.session.stays() {
             Err("this proxy has had its dump")
-        } else if !self.may_end_soon() {
+        } else if self.is_stuck() {
             Err("the images of the last dump wait for their cache")
         } else {
             Ok(())
         }
     }
 
-    // Whether the session that is being delivered has a link, or is about to have one.
-    pub(super) fn may_end_soon(&self) -> bool {
-        self.session.is_linked() || self.dialer.as_ref().is_some_and(|dialer| !dialer.is_in_vain())
+    // The session that is being delivered may be so for long: a CRIU that waits behind it, its process perhaps
+    // frozen, is turned away. One that has ended already is not: what it left may be the only copy.
+    pub(super) fn turn_away(&mut self) {
+        if !self.is_ending() || !self.is_stuck() {
+            return;
+        }
+        let waiting = self.conns.iter().filter(|(id, conn)| match conn {
+            Conn::Capture(capture) => self.capture != Some(*id) && !net::has_ended(capture.fd()),
+            _ => false,
+        });
+        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.close(id, Some("was refused: the images of the last dump wait for their cache".into()));
+        }
     }
 
-    // Those who wait for the last session to end are looked at again.
-    pub(super) fn release_held(&mut self) {
-        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
-        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
-            self.conns.again(id);
-        }
-        for id in std::mem::take(&mut self.held_back) {
-            self.run_request(id);
-        }
+    // Whether a CRIU that waits has ended, so that it can't be turned away.
+    pub(super) fn has_waiting_dump(&self) -> bool {
+        self.fence.is_waiting()
+            || self.conns.iter().any(|(_, conn)| match conn {
+                Conn::Capture(capture) => net::has_ended(capture.fd()) && !net::is_hung_up(capture.fd()),
+                _ => false,
+            })
     }
 
     pub(super) fn open_image(&mut self, id: Id, key: Key, pipe: OwnedFd) {
@@ -88,6 +95,8 @@ impl Proxy {
 
     pub(super) fn step_pipe(&mut self, id: Id) {
         if !self.may_drain() {
+            // It is to be woken when that changes.
+            self.draining = false;
             return;
         }
         let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) else { return };

@@ -32,13 +32,28 @@ pub enum Ask {
     Hangup,
 }
 
-impl Ask {
-    // Whether this is a second request to end; `before` remembers the first.
-    fn insists(self, before: &mut bool) -> bool {
-        match self {
-            Self::Hangup => false,
-            Self::End => std::mem::replace(before, true),
+/// What we have been asked so far, and have not done yet.
+#[derive(Debug, Default)]
+struct Asked {
+    end: bool,
+    hangup: bool,
+}
+
+impl Asked {
+    // Whether this is a second request to end.
+    fn insists(&mut self, ask: Ask) -> bool {
+        match ask {
+            Ask::Hangup => {
+                self.hangup = true;
+                false
+            }
+            Ask::End => std::mem::replace(&mut self.end, true),
         }
+    }
+
+    // Whether no further session is to follow.
+    fn leaves(&self) -> bool {
+        self.end || self.hangup
     }
 }
 

@@ -1,6 +1,6 @@
 //! The session on the destination: from the peer's first valid frame until a restore has succeeded.
 
-use super::{Ask, Decision};
+use super::{Ask, Asked, Decision};
 
 /// The destination's side.
 #[derive(Debug)]
@@ -8,7 +8,7 @@ pub struct Sink {
     keep: bool,
     receiving: bool,
     held: Held,
-    asked_to_go: bool,
+    asked: Asked,
     last: Option<Result<(), ()>>,
 }
 
@@ -24,7 +24,7 @@ enum Held {
 impl Sink {
     /// `keep`: another session follows.
     pub fn new(keep: bool) -> Self {
-        Self { keep, receiving: false, held: Held::Nothing, asked_to_go: false, last: None }
+        Self { keep, receiving: false, held: Held::Nothing, asked: Asked::default(), last: None }
     }
 
     /// Somebody has sent a valid first frame. An error is why it is refused.
@@ -32,7 +32,7 @@ impl Sink {
         if self.receiving {
             return Err("was refused: a session is in progress, one at a time");
         }
-        if !self.takes_peers() {
+        if self.is_full() {
             return Err("was refused: this cache has its dump already (--keep takes another)");
         }
         self.receiving = true;
@@ -54,9 +54,19 @@ impl Sink {
         self.stays() || self.held == Held::Nothing
     }
 
+    /// Whether this cache has had its only session.
+    pub fn is_full(&self) -> bool {
+        !self.keep && self.held != Held::Nothing
+    }
+
+    /// Whether everything is done and nothing more is wanted.
+    pub fn is_done(&self) -> bool {
+        self.held == Held::Restored && !self.receiving && !self.stays()
+    }
+
     /// Whether another session may follow.
     pub fn stays(&self) -> bool {
-        self.keep && !self.asked_to_go
+        self.keep && !self.asked.leaves()
     }
 
     /// The peer has ended. `outcome`: whether what it left is a complete dump.
@@ -87,7 +97,7 @@ impl Sink {
     /// A signal. What may be the only copy is given up at the second request to end, and never because
     /// a terminal has gone.
     pub fn terminate(&mut self, signal: Ask) -> Decision {
-        if self.held == Held::Unrestored && !signal.insists(&mut self.asked_to_go) {
+        if self.held == Held::Unrestored && !self.asked.insists(signal) {
             return Decision::Stay;
         }
         Decision::Over(match (self.held, self.last) {
@@ -157,8 +167,14 @@ mod tests {
         sink.peer().unwrap();
         sink.peer_ended(Ok(()));
         assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert!(sink.peer().is_err());
+        assert!(!sink.takes_peers());
+        // One that waits already may have sent its whole session.
+        sink.peer().unwrap();
         assert_eq!(over(&sink.restore_ended(true)), Some(true));
-        assert!(!sink.stays());
+        assert!(!sink.is_done());
+        sink.peer_ended(Ok(()));
+        assert!(!sink.is_done() && sink.has_only_copy());
+        sink.restore_ended(true);
+        assert!(sink.is_done());
     }
 }

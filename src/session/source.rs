@@ -1,6 +1,6 @@
 //! The session on the source: from CRIU's first valid request until the images are delivered.
 
-use super::{Ask, Decision, Dialect};
+use super::{Ask, Asked, Decision, Dialect};
 
 /// Where the dump is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +23,14 @@ pub struct Source {
     linked: bool,
     // The link has been lost since the session began, so that the peer has not seen all of it.
     torn: bool,
-    asked_to_go: bool,
+    asked: Asked,
     last: Option<Result<(), ()>>,
 }
 
 impl Source {
     /// `keep`: another session follows.
     pub fn new(keep: bool) -> Self {
-        Self { keep, dump: Dump::None, linked: false, torn: false, asked_to_go: false, last: None }
+        Self { keep, dump: Dump::None, linked: false, torn: false, asked: Asked::default(), last: None }
     }
 
     /// CRIU makes a valid request. `first`: one with which dumps begin. An error is why it is refused, as the
@@ -68,7 +68,12 @@ impl Source {
 
     /// Whether another session may follow.
     pub fn stays(&self) -> bool {
-        self.keep && !self.asked_to_go
+        self.keep && !self.asked.leaves()
+    }
+
+    /// Whether we are asked to go, with a further session perhaps waiting already.
+    pub fn is_asked_to_go(&self) -> bool {
+        self.keep && self.asked.leaves()
     }
 
     /// Whether a link stands.
@@ -127,6 +132,12 @@ impl Source {
         }
     }
 
+    /// The link is lost, but nothing of this session has gone over it.
+    pub fn unused_link_lost(&mut self) -> Decision {
+        self.linked = false;
+        Decision::Connect
+    }
+
     /// No link could be had in the time allowed.
     pub fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
         match self.dump {
@@ -146,7 +157,7 @@ impl Source {
     /// a terminal has gone.
     pub fn terminate(&mut self, signal: Ask, only_copy: bool) -> Decision {
         let precious = self.is_complete() || (self.is_running() && only_copy);
-        if precious && !signal.insists(&mut self.asked_to_go) {
+        if precious && !self.asked.insists(signal) {
             return Decision::Stay;
         }
         match self.dump {

@@ -252,23 +252,33 @@ pub fn connect(path: &Path) -> UnixStream {
 
 /// Waits until the other side has closed, with or without a reset.
 pub fn assert_closed(client: &mut impl Read) {
-    match client.read(&mut [0; 16]) {
+    match read_once(client, &mut [0; 16]) {
         Ok(0) => {}
         Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {}
         other => panic!("the connection is not closed: {other:?}"),
     }
 }
 
+/// One read(2), begun again only when a signal has interrupted it.
+fn read_once(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match from.read(buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 /// Reads one object as CRIU does: a read for the length, a read for the body, short is an error.
 pub fn read_object(from: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut length = [0; 4];
-    match from.read(&mut length)? {
+    match read_once(from, &mut length)? {
         4 => {}
         0 => return Err(ErrorKind::UnexpectedEof.into()),
         n => return Err(io::Error::other(format!("a length of {n} bytes"))),
     }
     let mut body = vec![0; u32::from_ne_bytes(length) as usize];
-    let n = from.read(&mut body)?;
+    let n = read_once(from, &mut body)?;
     if n != body.len() {
         return Err(io::Error::other(format!("a body of {n} bytes instead of {}", body.len())));
     }
