@@ -154,6 +154,56 @@ fn a_whole_remote_dump_may_come_while_the_last_is_delivered() {
 }
 
 #[test]
+fn a_finish_and_the_next_dump_at_the_same_moment() {
+    let (listener, port) = old_listener();
+    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let (link, _) = listener.accept().unwrap();
+    proxy.wait_log("connected to");
+    let socket = proxy.dir.join("img-proxy.sock");
+    let list = key("null", "parent");
+    // The proxy sees all of both at once; a writer of the first is still open at its finish.
+    proxy.stop();
+    write_remote(&socket, &list, WriteMode::Append, &id_list(&["/d1"]));
+    let mut slow = open_remote(&socket, &key("/d1", "core-1.img"), Some(WriteMode::Truncate));
+    write_remote(&socket, &key("/d1", "inventory.img"), WriteMode::Truncate, b"one");
+    dump_finish(&socket, Style::Y2019);
+    write_remote(&socket, &list, WriteMode::Append, &id_list(&["/d2"]));
+    write_remote(&socket, &key("/d2", "inventory.img"), WriteMode::Truncate, b"two");
+    dump_finish(&socket, Style::Y2019);
+    proxy.go_on();
+    proxy.wait_log("inventory.img of snapshot /d1: 3 bytes taken");
+    slow.write_all(b"slow").unwrap();
+    drop(slow);
+    let (images, end) = old_cache(link);
+    assert_eq!((images.len(), end), (3, LinkEnd::InOrder));
+    assert_eq!(images[&list], id_list(&["/d1"]));
+    assert_eq!(images[&key("/d1", "core-1.img")], b"slow");
+    let (images, end) = old_cache(listener.accept().unwrap().0);
+    assert_eq!((images.len(), end), (2, LinkEnd::InOrder));
+    assert_eq!(images[&list], id_list(&["/d2"]));
+}
+
+#[test]
+fn without_keep_nobody_waits_for_a_session_that_never_comes() {
+    let (listener, port) = old_listener();
+    let mut proxy = Daemon::proxy(port, &[]);
+    let (link, _) = listener.accept().unwrap();
+    proxy.wait_log("connected to");
+    let (mut first, mut second) = (Dump::connect(&proxy), Dump::connect(&proxy));
+    first.write("pages-1.img", &pattern(16 << 20, 1));
+    first.end();
+    proxy.wait_log("the dump is complete");
+    let _pages = second.open("pages-1.img");
+    assert_closed(&mut second.0);
+    let list = key("", "parent");
+    let mut late = open_remote(&proxy.dir.join("img-proxy.sock"), &list, Some(WriteMode::Append));
+    assert_closed(&mut late);
+    proxy.wait_log_times("still being delivered", 2);
+    assert_eq!(old_cache(link).0.len(), 3);
+    assert_eq!(proxy.wait(), 0);
+}
+
+#[test]
 fn a_dump_that_waits_and_has_ended_is_not_left_behind() {
     let (listener, port) = old_listener();
     let mut proxy = Daemon::proxy(port, &["--keep"]);

@@ -395,7 +395,8 @@ impl Role for Cache {
     }
 
     fn after_batch(&mut self, _now: Instant) -> (bool, Option<Exit>) {
-        for id in self.fence.pass() {
+        self.fence.pass();
+        while let Some(id) = self.fence.take() {
             self.run_request(id);
         }
         if let Some(batches) = &mut self.failing {

@@ -85,8 +85,15 @@ impl Cache {
             parked.name()
         );
         if !self.session.stays() {
-            for other in std::mem::take(&mut self.parked) {
-                self.close(other, Some("was refused: another connection is the peer".into()));
+            // With --keep, one that has sent something may have sent a whole session.
+            for other in self.parked.clone() {
+                let silent = match self.conns.get(other) {
+                    Some(Conn::Parked(parked)) => parked.is_silent(),
+                    _ => true,
+                };
+                if silent || !self.session.keeps() {
+                    self.close(other, Some("was refused: another connection is the peer".into()));
+                }
             }
         }
         match self.conns.insert(Conn::Peer(parked.promote())) {

@@ -10,12 +10,14 @@ use std::collections::BTreeMap;
 
 use crate::table::Id;
 
-/// Operations whose header has been read and which may not run yet.
+/// Operations whose header has been read and which have not run yet.
 #[derive(Debug, Default)]
 pub struct Fence {
     // By the order of acceptance: who, and the batch in which the header was read.
     pending: BTreeMap<u64, (Id, u64)>,
     batch: u64,
+    // Those before this place in the order may run.
+    open_to: u64,
 }
 
 impl Fence {
@@ -34,19 +36,22 @@ impl Fence {
         self.pending.contains_key(&order)
     }
 
-    /// A batch is over: the operations that may run now, in order.
-    pub fn pass(&mut self) -> Vec<Id> {
+    /// A batch is over: what had been read before it may run, and so may all that comes before that.
+    pub fn pass(&mut self) {
         let batch = self.batch;
         self.batch += 1;
-        // Whoever comes before one that may run has no reason left to wait either.
-        let Some(last) = self.pending.iter().rev().find(|(_, (_, read))| *read < batch) else {
-            return Vec::new();
-        };
-        let rest = self.pending.split_off(&(last.0 + 1));
-        std::mem::replace(&mut self.pending, rest).into_values().map(|(id, _)| id).collect()
+        if let Some((last, _)) = self.pending.iter().rev().find(|(_, (_, read))| *read < batch) {
+            self.open_to = last + 1;
+        }
     }
 
-    /// Whether an operation waits for the next batch.
+    /// Takes out the next operation that may run.
+    pub fn take(&mut self) -> Option<Id> {
+        let first = self.pending.first_entry()?;
+        if *first.key() < self.open_to { Some(first.remove().0) } else { None }
+    }
+
+    /// Whether an operation waits.
     pub fn is_waiting(&self) -> bool {
         !self.pending.is_empty()
     }
@@ -62,17 +67,24 @@ mod tests {
         let mut table = Table::default();
         let ids: Vec<_> = (0..4).map(|i| table.insert(i)).collect();
         let mut fence = Fence::default();
+        let pass = |fence: &mut Fence| {
+            fence.pass();
+            std::iter::from_fn(|| fence.take()).collect::<Vec<_>>()
+        };
         // The second connection's header is seen first.
         fence.push(2, ids[2]);
-        assert_eq!(fence.pass(), []);
+        assert_eq!(pass(&mut fence), []);
         fence.push(1, ids[1]);
         fence.push(3, ids[3]);
-        assert_eq!(fence.pass(), [ids[1], ids[2]]);
-        assert!(fence.is_waiting());
-        assert_eq!(fence.pass(), [ids[3]]);
+        assert_eq!(pass(&mut fence), [ids[1], ids[2]]);
+        assert!(fence.is_waiting() && fence.holds(3) && !fence.holds(2));
+        // One that is not taken out stays, and may run later.
+        fence.pass();
+        assert!(fence.holds(3));
+        assert_eq!(fence.take(), Some(ids[3]));
         fence.push(4, ids[0]);
         fence.remove(4);
         assert!(!fence.is_waiting());
-        assert_eq!(fence.pass(), []);
+        assert_eq!(pass(&mut fence), []);
     }
 }

@@ -347,12 +347,11 @@ impl Role for Proxy {
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
         // Behind a finish comes the next dump, which has to wait until this one is over.
-        let mut held = self.is_ending();
-        if !held {
-            for id in self.fence.pass() {
-                self.run_request(id);
-            }
-            held = self.is_ending();
+        self.fence.pass();
+        while !self.is_holding_back()
+            && let Some(id) = self.fence.take()
+        {
+            self.run_request(id);
         }
         self.decide_deferred();
         self.tick_link(now);
@@ -371,7 +370,7 @@ impl Role for Proxy {
         if self.leaving.is_some() && self.session.is_idle() && !self.has_waiting_dump() {
             self.exit = self.exit.or(self.leaving);
         }
-        ((self.fence.is_waiting() && !held) || !self.deferred.is_empty(), self.exit)
+        ((self.fence.is_waiting() && !self.is_holding_back()) || !self.deferred.is_empty(), self.exit)
     }
 
     fn terminate(&mut self, signal: Ask) {

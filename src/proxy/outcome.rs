@@ -165,6 +165,11 @@ impl Proxy {
         self.session.is_complete() || self.finish.is_some() || stream_ended
     }
 
+    // Whether what comes waits until then; without a next session there is nothing to wait for.
+    pub(super) fn is_holding_back(&self) -> bool {
+        self.is_ending() && (self.session.stays() || self.session.is_asked_to_go())
+    }
+
     // Whether it may take long until that one is delivered.
     pub(super) fn is_stuck(&self) -> bool {
         !self.session.is_linked() && self.dialer.as_ref().is_none_or(Dialer::is_in_vain)
@@ -176,7 +181,7 @@ impl Proxy {
 
     pub(super) fn decide_deferred(&mut self) {
         let crowded = std::mem::take(&mut self.crowded);
-        let quiet = !crowded && (self.is_ending() || !self.fence.is_waiting());
+        let quiet = !crowded && (self.is_holding_back() || !self.fence.is_waiting());
         for (_, left, at_most) in &mut self.deferred {
             *left -= u8::from(quiet && *left > 0);
             *at_most -= u16::from(*at_most > 0);

@@ -9,12 +9,13 @@ use crate::reactor::Pollable;
 use crate::session::Dialect;
 use crate::table::Id;
 use crate::wire::Key;
+use crate::wire::criu::Request;
 use crate::{net, pump};
 
 impl Proxy {
     pub(super) fn step_capture(&mut self, id: Id) {
         // Another session is about to end: this one's turn comes then.
-        if self.capture != Some(id) && self.is_ending() {
+        if self.capture != Some(id) && self.is_holding_back() {
             return;
         }
         // To the end: whether CRIU is about to finish decides what a lost link or a signal means.
@@ -64,11 +65,14 @@ impl Proxy {
 
     // Whether a CRIU that waits has ended, so that it can't be turned away.
     pub(super) fn has_waiting_dump(&self) -> bool {
-        self.fence.is_waiting()
-            || self.conns.iter().any(|(_, conn)| match conn {
-                Conn::Capture(capture) => net::has_ended(capture.fd()) && !net::is_hung_up(capture.fd()),
-                _ => false,
-            })
+        self.conns.iter().any(|(_, conn)| match conn {
+            Conn::Remote(client) => {
+                self.fence.holds(client.order())
+                    && matches!(client.request(), Some(Request::Finish { answer: false }))
+            }
+            Conn::Capture(capture) => net::has_ended(capture.fd()) && !net::is_hung_up(capture.fd()),
+            _ => false,
+        })
     }
 
     pub(super) fn open_image(&mut self, id: Id, key: Key, pipe: OwnedFd) {

@@ -64,6 +64,11 @@ impl Sink {
         self.held == Held::Restored && !self.receiving && !self.stays()
     }
 
+    /// Whether it was to take more than one session.
+    pub fn keeps(&self) -> bool {
+        self.keep
+    }
+
     /// Whether another session may follow.
     pub fn stays(&self) -> bool {
         self.keep && !self.asked.leaves()
