@@ -11,6 +11,7 @@ pub mod cache;
 pub mod cli;
 pub mod client;
 pub mod daemon;
+pub mod deferred;
 pub mod net;
 pub mod peer;
 pub mod proxy;

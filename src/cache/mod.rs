@@ -21,6 +21,7 @@ use crate::client::fence::Fence;
 use crate::client::listener::Listener;
 use crate::client::remote::RemoteClient;
 use crate::client::stream::{PipeOut, Serve};
+use crate::deferred::Deferred;
 use crate::peer::allow::Allowed;
 use crate::peer::receiver::{Parked, Receiver};
 use crate::pump::{Flow, Outflow};
@@ -41,9 +42,8 @@ pub const PARKED_AT_LEAST: Duration = Duration::from_secs(10);
 /// header is read in the next, and the fence takes a third.
 const FAREWELL: u8 = 4;
 
-/// Quiet batches until a signal is decided, and batches after which it is decided in any case. In one batch a
-/// MiB is taken from the peer at most; what its kernel counts as delivered is a few of them.
-const DEFER: u8 = 3;
+/// Batches after which a signal is decided in any case. In each a MiB is taken from the peer at most; what its
+/// kernel counts as delivered is a few of them.
 const DEFER_AT_MOST: u16 = 64;
 
 /// How the peer reaches the cache.
@@ -152,8 +152,8 @@ pub struct Cache {
     bodies: Bodies,
     session: Sink,
     exit: Option<Exit>,
-    // A signal, and the batches until it is decided: the peer may have ended in the same moment.
-    asks: VecDeque<(Ask, u8, u16)>,
+    // Signals: the peer may have ended in the same moment.
+    asks: Deferred<Ask>,
     // Whether there is more to take, from the peer or of connections, than a batch takes.
     busy: bool,
     // Failed, for good: so many batches more, in which whoever has connected already is told.
@@ -201,7 +201,7 @@ impl Cache {
             bodies: Bodies::new(setup.max_memfds),
             session: Sink::new(setup.keep),
             exit: None,
-            asks: VecDeque::new(),
+            asks: Deferred::new(DEFER_AT_MOST),
             busy: false,
             failing: None,
             incoming: Catalog::default(),
@@ -420,7 +420,7 @@ impl Role for Cache {
     }
 
     fn terminate(&mut self, signal: Ask) {
-        self.asks.push_back((signal, DEFER, DEFER_AT_MOST));
+        self.asks.push(signal);
     }
 }
 
@@ -428,15 +428,9 @@ impl Cache {
     // A peer whose whole session is in our socket already has a source that is dead: a signal that comes at the
     // same time is decided when that has been read.
     fn decide_asks(&mut self) {
-        let quiet = !std::mem::take(&mut self.busy);
-        for (_, left, at_most) in &mut self.asks {
-            *left -= u8::from(quiet && *left > 0);
-            *at_most -= u16::from(*at_most > 0);
-        }
-        while let Some((signal, left, at_most)) = self.asks.front().copied()
-            && (left == 0 || at_most == 0)
-        {
-            self.asks.pop_front();
+        let busy = std::mem::take(&mut self.busy);
+        self.asks.batch(!busy);
+        while let Some(signal) = self.asks.due() {
             self.asked(signal);
         }
     }

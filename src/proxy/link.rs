@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Conn, Deferred, Proxy};
+use super::{Conn, Event, Proxy};
 use crate::peer::dialer::Dialer;
 use crate::peer::link::{Link, LinkStep};
 use crate::reactor::Exit;
@@ -74,7 +74,7 @@ impl Proxy {
             dialer.note(&why);
         }
         let used = !self.session.is_idle();
-        self.defer(Deferred::LinkLost { why, used });
+        self.deferred.push(Event::LinkLost { why, used });
     }
 
     pub(super) fn send_anew(&mut self) {
@@ -93,6 +93,15 @@ impl Proxy {
         }
     }
 
+    // Whether a dump runs that nothing but a link can end, with no end to the search for one.
+    fn is_stranded(&self) -> bool {
+        self.session.is_running()
+            && self.link.is_none()
+            && self.dialer.as_ref().is_none_or(Dialer::is_endless)
+            && self.deferred.is_empty()
+            && !self.may_be_only_copy()
+    }
+
     pub(super) fn tick_link(&mut self, now: Instant) {
         if let Some(dialer) = &mut self.dialer
             && dialer.gave_up(now)
@@ -101,25 +110,14 @@ impl Proxy {
             if self.session.stays() && self.session.is_idle() {
                 log::warn!("{why} The search goes on.");
             }
-            self.defer(Deferred::NoLink(why));
+            self.deferred.push(Event::NoLink(why));
         }
         // A search without end is for the only copy: after a pre-dump, the next dump can still be made to fail.
-        if self.session.is_running()
-            && self.dialer.as_ref().is_some_and(Dialer::is_endless)
-            && self.deferred.is_empty()
-            && !self.may_be_only_copy()
-            && let Some(dialer) = &mut self.dialer
-        {
-            dialer.limit(now, false);
-        }
-        // The same where no search is possible.
-        if self.session.is_running()
-            && self.dialer.is_none()
-            && self.link.is_none()
-            && self.deferred.is_empty()
-            && !self.may_be_only_copy()
-        {
-            return self.failed("the inherited connection is gone".into());
+        if self.is_stranded() {
+            match &mut self.dialer {
+                Some(dialer) => dialer.limit(now, false),
+                None => return self.failed("the inherited connection is gone".into()),
+            }
         }
         if let Some(address) = self.dialer.as_mut().and_then(|dialer| dialer.due(now)) {
             let link = Link::connect(address, now).and_then(|link| self.conns.insert(Conn::Link(link)));

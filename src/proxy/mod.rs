@@ -15,7 +15,7 @@ mod outcome;
 mod remote;
 mod stream;
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Instant;
@@ -26,6 +26,7 @@ use crate::client::fence::Fence;
 use crate::client::listener::Listener;
 use crate::client::remote::RemoteClient;
 use crate::client::stream::{Capture, PipeIn};
+use crate::deferred::Deferred;
 use crate::peer::dialer::Dialer;
 use crate::peer::link::Link;
 use crate::peer::sender::Sender;
@@ -106,7 +107,7 @@ impl Pollable for Conn {
 /// What is decided only when everything has been read that CRIU had done by then: it may have ended the dump in
 /// the same moment, and can't be made to fail any more.
 #[derive(Debug)]
-enum Deferred {
+enum Event {
     /// `used`: a session was running.
     LinkLost {
         why: String,
@@ -116,12 +117,7 @@ enum Deferred {
     Asked(Ask),
 }
 
-/// Quiet batches until a deferred event is decided: in the next, the kernel tells of everything that had
-/// happened; an operation of the remote dialect runs one later. A batch is quiet when nobody is left to be
-/// accepted, and no operation waits.
-const DEFER: u8 = 3;
-
-/// Batches after which it is decided in any case.
+/// Batches after which that is decided in any case: 64 clients are accepted in each.
 const DEFER_AT_MOST: u16 = 1000;
 
 /// The role.
@@ -137,8 +133,7 @@ pub struct Proxy {
     // Asked to go, and done with what was in progress: to be left with this, if nothing else waits.
     leaving: Option<Exit>,
     draining: bool,
-    // What has happened and is decided some batches later.
-    deferred: VecDeque<(Deferred, u8, u16)>,
+    deferred: Deferred<Event>,
     // Whether more clients wait to be accepted than a batch takes.
     crowded: bool,
 
@@ -189,7 +184,7 @@ impl Proxy {
             exit: None,
             leaving: None,
             draining: false,
-            deferred: VecDeque::new(),
+            deferred: Deferred::new(DEFER_AT_MOST),
             crowded: false,
             accepted: 0,
             fence: Fence::default(),
@@ -374,6 +369,6 @@ impl Role for Proxy {
     }
 
     fn terminate(&mut self, signal: Ask) {
-        self.defer(Deferred::Asked(signal));
+        self.deferred.push(Event::Asked(signal));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Conn, DEFER, DEFER_AT_MOST, Deferred, Proxy};
+use super::{Conn, Event, Proxy};
 use crate::peer::dialer::Dialer;
 use crate::pump;
 use crate::reactor::Exit;
@@ -17,7 +17,7 @@ impl Proxy {
              serves it then"
         );
         // Its time for finding a link begins now.
-        self.deferred.retain(|(event, ..)| !matches!(event, Deferred::NoLink(_)));
+        self.deferred.retain(|event| !matches!(event, Event::NoLink(_)));
         if !self.session.is_linked()
             && let Some(dialer) = &mut self.dialer
         {
@@ -141,21 +141,21 @@ impl Proxy {
         }
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
-        self.deferred.retain(|(event, ..)| matches!(event, Deferred::Asked(_)));
+        self.deferred.retain(|event| matches!(event, Event::Asked(_)));
         let exit = if outcome.is_ok() { Exit::Done } else { Exit::Failed };
-        if self.session.is_asked_to_go() {
+        if !self.session.keeps() {
+            self.exit = Some(exit);
+            return;
+        }
+        if !self.session.stays() {
             // Unless a CRIU that waits has ended already.
             self.leaving = Some(exit);
         }
-        if self.session.stays() || self.session.is_asked_to_go() {
-            self.session.link_lost("the session is over", false);
-            self.dial();
-            let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
-            for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
-                self.conns.again(id);
-            }
-        } else {
-            self.exit = Some(exit);
+        self.session.link_lost("the session is over", false);
+        self.dial();
+        let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
+        for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.conns.again(id);
         }
     }
 
@@ -167,7 +167,7 @@ impl Proxy {
 
     // Whether what comes waits until then; without a next session there is nothing to wait for.
     pub(super) fn is_holding_back(&self) -> bool {
-        self.is_ending() && (self.session.stays() || self.session.is_asked_to_go())
+        self.is_ending() && self.session.keeps()
     }
 
     // Whether it may take long until that one is delivered.
@@ -175,48 +175,38 @@ impl Proxy {
         !self.session.is_linked() && self.dialer.as_ref().is_none_or(Dialer::is_in_vain)
     }
 
-    pub(super) fn defer(&mut self, event: Deferred) {
-        self.deferred.push_back((event, DEFER, DEFER_AT_MOST));
-    }
-
     pub(super) fn decide_deferred(&mut self) {
+        // Quiet: nobody is left to be accepted, and no operation waits that may run.
         let crowded = std::mem::take(&mut self.crowded);
-        let quiet = !crowded && (self.is_holding_back() || !self.fence.is_waiting());
-        for (_, left, at_most) in &mut self.deferred {
-            *left -= u8::from(quiet && *left > 0);
-            *at_most -= u16::from(*at_most > 0);
-        }
-        while let Some((_, left, at_most)) = self.deferred.front()
-            && (*left == 0 || *at_most == 0)
-            && let Some((event, ..)) = self.deferred.pop_front()
-        {
+        self.deferred.batch(!crowded && (self.is_holding_back() || !self.fence.is_waiting()));
+        while let Some(event) = self.deferred.due() {
             let decision = self.decide_now(event);
             self.decide(decision);
             self.turn_away();
         }
     }
 
-    fn decide_now(&mut self, event: Deferred) -> Decision {
+    fn decide_now(&mut self, event: Event) -> Decision {
         let only_copy = self.may_be_only_copy();
         match event {
-            Deferred::LinkLost { used: false, .. } => self.session.unused_link_lost(),
-            Deferred::LinkLost { why, .. } => {
+            Event::LinkLost { used: false, .. } => self.session.unused_link_lost(),
+            Event::LinkLost { why, .. } => {
                 self.sender.clear(&mut self.bodies);
                 self.session.link_lost(&why, only_copy)
             }
             // Meanwhile there is one. Should it be lost at once, the time is still up.
-            Deferred::NoLink(_) if self.session.is_linked() => {
+            Event::NoLink(_) if self.session.is_linked() => {
                 if let Some(dialer) = &mut self.dialer {
                     dialer.is_late(Instant::now());
                 }
                 Decision::Nothing
             }
-            Deferred::NoLink(why) => match self.session.no_link(why, only_copy) {
+            Event::NoLink(why) => match self.session.no_link(why, only_copy) {
                 // The search that is under way has no end any more.
                 Decision::Connect => Decision::Nothing,
                 other => other,
             },
-            Deferred::Asked(signal) => {
+            Event::Asked(signal) => {
                 let decision = self.session.terminate(signal, only_copy);
                 if let Decision::Over(outcome) = &decision {
                     self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });

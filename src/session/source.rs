@@ -71,9 +71,9 @@ impl Source {
         self.keep && !self.asked.leaves()
     }
 
-    /// Whether we are asked to go, with a further session perhaps waiting already.
-    pub fn is_asked_to_go(&self) -> bool {
-        self.keep && self.asked.leaves()
+    /// Whether it was to take more than one session.
+    pub fn keeps(&self) -> bool {
+        self.keep
     }
 
     /// Whether a link stands.
