@@ -43,6 +43,7 @@ impl Patience {
 #[derive(Debug)]
 pub struct Capture {
     fd: OwnedFd,
+    order: u64,
     wire: stream::Capture,
     patience: Patience,
 }
@@ -59,9 +60,14 @@ pub enum Captured {
 }
 
 impl Capture {
-    /// A connection just accepted.
-    pub fn new(fd: OwnedFd, now: Instant) -> Self {
-        Self { fd, wire: stream::Capture::default(), patience: Patience::new(now) }
+    /// A connection just accepted, as number `order` of all that were.
+    pub fn new(fd: OwnedFd, order: u64, now: Instant) -> Self {
+        Self { fd, order, wire: stream::Capture::default(), patience: Patience::new(now) }
+    }
+
+    /// Its place among all accepted connections.
+    pub fn order(&self) -> u64 {
+        self.order
     }
 
     /// It waits for us: its time begins anew with the next step.

@@ -230,7 +230,7 @@ impl Proxy {
             let now = Instant::now();
             let conn = match dialect {
                 Dialect::Remote => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
-                Dialect::Stream => Conn::Capture(Capture::new(fd, now)),
+                Dialect::Stream => Conn::Capture(Capture::new(fd, self.accepted, now)),
             };
             if let Err(error) = self.conns.insert(conn) {
                 log::warn!("a client was refused: {error}");

@@ -14,10 +14,31 @@ use crate::{net, pump};
 
 impl Proxy {
     pub(super) fn step_capture(&mut self, id: Id) {
-        // Another session is about to end: this one's turn comes then.
-        if self.capture != Some(id) && self.is_holding_back() {
-            return;
+        if self.capture == Some(id) {
+            return self.read_capture(id);
         }
+        let Some(Conn::Capture(capture)) = self.conns.get(id) else { return };
+        let order = capture.order();
+        // Several may have waited for a session to end: dumps are taken in the order in which they came.
+        let mut waiting: Vec<_> = self
+            .conns
+            .iter()
+            .filter_map(|(id, conn)| match conn {
+                Conn::Capture(capture) if capture.order() <= order => Some((capture.order(), id)),
+                _ => None,
+            })
+            .collect();
+        waiting.sort_unstable();
+        for (_, id) in waiting {
+            // Another session is about to end: their turn comes then.
+            if self.is_holding_back() {
+                return;
+            }
+            self.read_capture(id);
+        }
+    }
+
+    fn read_capture(&mut self, id: Id) {
         // To the end: whether CRIU is about to finish decides what a lost link or a signal means.
         while let Some(Conn::Capture(capture)) = self.conns.get_mut(id) {
             match capture.step(&mut self.block) {
@@ -33,7 +54,7 @@ impl Proxy {
     // more: its CRIU may have ended before the next connected. An error is why not.
     pub(super) fn has_room_for_dump(&mut self) -> Result<(), &'static str> {
         if let Some(capture) = self.capture {
-            self.step_capture(capture);
+            self.read_capture(capture);
         }
         if self.session.is_idle() {
             Ok(())
