@@ -89,10 +89,20 @@ pub enum WriteMode {
 }
 
 impl WriteMode {
-    fn flags(self) -> u32 {
+    /// As open(2) flags.
+    pub fn flags(self) -> u32 {
         match self {
             Self::Append => O_APPEND,
             Self::Truncate => O_WRONLY,
+        }
+    }
+
+    /// From the open(2) flags of a writer.
+    pub fn from_flags(flags: u32) -> Result<Self, WireError> {
+        match flags {
+            O_APPEND => Ok(Self::Append),
+            O_WRONLY => Ok(Self::Truncate),
+            other => Err(WireError::OpenMode(other)),
         }
     }
 }
@@ -131,12 +141,7 @@ pub fn decode_request(body: &[u8]) -> Result<Request, WireError> {
     let name = entry.name.ok_or(WHAT)?;
     let snapshot_id = entry.snapshot_id.ok_or(WHAT)?;
     let mode = entry.open_mode.ok_or(WHAT)?;
-    let write = match mode {
-        O_RDONLY => None,
-        O_WRONLY => Some(WriteMode::Truncate),
-        O_APPEND => Some(WriteMode::Append),
-        other => return Err(WireError::OpenMode(other)),
-    };
+    let write = if mode == O_RDONLY { None } else { Some(WriteMode::from_flags(mode)?) };
     if name.is_empty() && snapshot_id.is_empty() {
         return Ok(Request::Finish { answer: false });
     }
@@ -168,11 +173,7 @@ pub fn encode_reply(errno: u32) -> Vec<u8> {
 pub fn decode_transfer(body: &[u8]) -> Result<Transfer, WireError> {
     const WHAT: WireError = WireError::Malformed("remote_image_entry");
     let entry = RemoteImageEntry::decode(body).map_err(|_| WHAT)?;
-    let mode = match entry.open_mode.ok_or(WHAT)? {
-        O_APPEND => WriteMode::Append,
-        O_WRONLY => WriteMode::Truncate,
-        other => return Err(WireError::OpenMode(other)),
-    };
+    let mode = WriteMode::from_flags(entry.open_mode.ok_or(WHAT)?)?;
     let key = checked(entry.snapshot_id.ok_or(WHAT)?, entry.name.ok_or(WHAT)?)?;
     Ok(Transfer { key, mode, size: entry.size.ok_or(WHAT)? })
 }
@@ -214,7 +215,8 @@ pub fn decode_snapshot_ids(mut bytes: &[u8]) -> Option<Vec<Vec<u8>>> {
     Some(ids)
 }
 
-fn checked(snapshot_id: Vec<u8>, name: Vec<u8>) -> Result<Key, WireError> {
+/// The name of an image, if it is one that may stand in a directory.
+pub fn checked(snapshot_id: Vec<u8>, name: Vec<u8>) -> Result<Key, WireError> {
     // Names come from a socket and may one day become file names: only plain ones get past here.
     let why = if name.is_empty() {
         "is empty"

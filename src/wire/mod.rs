@@ -1,8 +1,10 @@
 //! Sans-I/O codecs: bytes in, messages out. Nothing here knows a descriptor; where a message travels
 //! with one, the codec is generic over what stands for it, so that tests and fuzzers need no socket.
 
+pub mod control;
 pub mod criu;
 pub mod frame;
+pub mod relay;
 pub mod remote;
 pub mod seed;
 pub mod stream;
@@ -67,6 +69,13 @@ pub enum WireError {
     },
     /// The end in the middle of something.
     Truncated(&'static str),
+    /// Another version of a protocol of ours.
+    Version {
+        /// What the other side speaks.
+        theirs: u32,
+        /// What we speak.
+        ours: u32,
+    },
 }
 
 impl fmt::Display for WireError {
@@ -88,6 +97,11 @@ impl fmt::Display for WireError {
                 "announced {size} bytes after an append to {key}, of which {held} bytes are here already"
             ),
             Self::Truncated(what) => write!(f, "ended in the middle of {what}"),
+            Self::Version { theirs, ours } => write!(
+                f,
+                "speaks version {theirs} of the protocol, and this program version {ours}: both have to be the \
+                 same criu-relay"
+            ),
         }
     }
 }
