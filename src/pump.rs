@@ -1,14 +1,19 @@
-//! Byte movers between descriptors and bodies. It owns nothing.
+//! Byte movers between descriptors and bodies. It owns nothing but a pipe through which the kernel moves bytes.
+//!
+//! What goes to a file goes there by splice(2), which copies it once: from a pipe at once, from a socket through
+//! that pipe. What is small, and what goes to the heap, is read.
 //!
 //! One turn moves [`TURN`] bytes at most; who could move more is queued again by its owner.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::sendfile;
 use rustix::io::{Errno, read, write};
+use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::store::{Bodies, BodyId, Content};
+use crate::net;
+use crate::store::{Bodies, BodyId, Content, INLINE_MAX};
 use crate::wire::Key;
 
 /// What one read(2) takes at most, in bytes: large enough that system calls don't count, small enough to
@@ -18,6 +23,10 @@ pub const BLOCK: usize = 256 * 1024;
 /// What one connection moves in a turn, in bytes: the pipe's size, so that a full pipe is emptied at once.
 pub const TURN: usize = 1 << 20;
 
+/// The same for the link of the relay protocol, which all images share: every turn costs a look at what the peer
+/// says, and at the cache an acknowledgement that wakes the proxy.
+pub const LINK_TURN: usize = 4 << 20;
+
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flow {
@@ -25,6 +34,8 @@ pub enum Flow {
     Wait,
     /// The turn is used up; no event will come.
     Again,
+    /// All that is there has been moved; the image is still growing.
+    Starved,
     /// Everything has been moved.
     End,
 }
@@ -49,8 +60,17 @@ pub struct Outflow {
     pub body: BodyId,
     /// What has been read so far.
     pub at: u64,
-    /// Where the image ends.
-    pub end: u64,
+    /// Where the image ends; None: it is still arriving.
+    pub end: Option<u64>,
+    /// So much of its memory has been freed behind the reader.
+    pub freed: u64,
+}
+
+impl Outflow {
+    /// All of an image.
+    pub fn new(key: Key, body: BodyId, end: Option<u64>) -> Self {
+        Self { key, body, at: 0, end, freed: 0 }
+    }
 }
 
 /// Why [`fill`] failed.
@@ -62,32 +82,116 @@ pub enum FillError {
     Store(io::Error),
 }
 
-/// Moves bytes from `source` to the end of `body`.
+/// Moves bytes from a pipe to the end of `body`.
 pub fn fill(
-    source: BorrowedFd<'_>,
+    pipe: BorrowedFd<'_>,
     bodies: &mut Bodies,
     body: BodyId,
     block: &mut [u8],
 ) -> Result<Flow, FillError> {
     let mut moved = 0;
     while moved < TURN {
-        match read(source, &mut *block) {
+        // Up to that length it may stay on the heap; the rest begins at a page's start.
+        let left = INLINE_MAX.saturating_sub(usize::try_from(bodies.len(body)).unwrap_or(usize::MAX));
+        let taken = if left > 0 {
+            read(pipe, &mut block[..left])
+        } else {
+            let (file, mut offset) = bodies.file_end(body).map_err(FillError::Store)?;
+            splice(pipe, None, file, Some(&mut offset), TURN, SpliceFlags::NONBLOCK)
+        };
+        match taken {
             Ok(0) => return Ok(Flow::End),
-            Ok(n) => {
+            Ok(n) if left > 0 => {
                 bodies.append(body, &block[..n]).map_err(FillError::Store)?;
+                moved += n;
+            }
+            Ok(n) => {
+                bodies.extend(body, n as u64);
                 moved += n;
             }
             Err(Errno::AGAIN) => return Ok(Flow::Wait),
             Err(Errno::INTR) => {}
+            // Which of the two it was shows in the error: a pipe is not full, and has no limit.
+            Err(error @ (Errno::NOSPC | Errno::FBIG | Errno::NOMEM | Errno::DQUOT)) => {
+                return Err(FillError::Store(error.into()));
+            }
             Err(error) => return Err(FillError::Read(error.into())),
         }
     }
     Ok(Flow::Again)
 }
 
+/// The pipe through which bytes of a socket go into a file.
+#[derive(Debug, Default)]
+pub struct Conduit {
+    pipe: Option<(OwnedFd, OwnedFd)>,
+}
+
+/// What went through a [`Conduit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carried {
+    /// So many bytes.
+    Some(u64),
+    /// Nothing is there now.
+    Nothing,
+    /// The socket has ended.
+    End,
+}
+
+impl Conduit {
+    /// Moves up to `count` bytes from a socket to the end of `body`, as many as are there.
+    pub fn carry(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        count: u64,
+        bodies: &mut Bodies,
+        body: BodyId,
+    ) -> Result<Carried, FillError> {
+        let (from, to) = match self.pipe.take() {
+            Some(pipe) => pipe,
+            None => {
+                let made = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK);
+                let pipe = made.map_err(|error| FillError::Store(error.into()))?;
+                // Through 64 KiB it costs twice as much.
+                net::enlarge(pipe.1.as_fd());
+                pipe
+            }
+        };
+        let count = usize::try_from(count).unwrap_or(usize::MAX).min(net::PIPE_SIZE);
+        let here = loop {
+            match splice(socket, None, &to, None, count, SpliceFlags::NONBLOCK) {
+                Ok(n) => break n as u64,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.pipe = Some((from, to));
+                    return Ok(Carried::Nothing);
+                }
+                Err(error) => return Err(FillError::Read(error.into())),
+            }
+        };
+        let mut left = here;
+        // Should that fail, the pipe goes, with what is in it.
+        while left > 0 {
+            let (file, mut offset) = bodies.file_end(body).map_err(FillError::Store)?;
+            match splice(&from, None, file, Some(&mut offset), left as usize, SpliceFlags::empty()) {
+                Ok(0) => return Err(FillError::Store(Errno::NOSPC.into())),
+                Ok(n) => {
+                    bodies.extend(body, n as u64);
+                    left -= n as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(FillError::Store(error.into())),
+            }
+        }
+        self.pipe = Some((from, to));
+        Ok(if here == 0 { Carried::End } else { Carried::Some(here) })
+    }
+}
+
 /// Moves the rest of an image to `target`: from a file without a copy, with sendfile(2).
 pub fn drain(bodies: &Bodies, out: &mut Outflow, target: BorrowedFd<'_>) -> io::Result<Flow> {
-    let stop = out.end.min(out.at + TURN as u64);
+    let known = out.end.unwrap_or_else(|| bodies.len(out.body));
+    let stop = known.min(out.at + TURN as u64);
     while out.at < stop {
         let count = (stop - out.at) as usize;
         let moved = match bodies.content(out.body) {
@@ -110,7 +214,11 @@ pub fn drain(bodies: &Bodies, out: &mut Outflow, target: BorrowedFd<'_>) -> io::
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(if out.at == out.end { Flow::End } else { Flow::Again })
+    Ok(match out.end {
+        Some(end) if out.at == end => Flow::End,
+        None if out.at == known => Flow::Starved,
+        _ => Flow::Again,
+    })
 }
 
 fn missing() -> io::Error {

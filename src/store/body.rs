@@ -127,6 +127,54 @@ impl Bodies {
         Ok(())
     }
 
+    /// The file in which the body's end is, and where in it: for bytes that are moved there by the kernel.
+    /// [`Bodies::extend`] then makes them a part of the body.
+    pub fn file_end(&mut self, id: BodyId) -> io::Result<(BorrowedFd<'_>, u64)> {
+        if matches!(self.bodies.get(id), Some(Body { place: Place::Inline(_), .. })) {
+            self.spill(id)?;
+        }
+        let Some(body) = self.bodies.get(id) else { return Err(gone()) };
+        match &body.place {
+            Place::Inline(_) => Err(gone()),
+            Place::Memfd(fd) => Ok((fd.as_fd(), body.len)),
+            Place::Arena(slot) => {
+                let arena = self.arena.as_ref().ok_or_else(gone)?;
+                Ok((arena.as_fd(), slot_start(*slot) + body.len))
+            }
+        }
+    }
+
+    /// How many bytes may be added at the body's end.
+    pub fn room(&self, id: BodyId) -> u64 {
+        match self.bodies.get(id) {
+            Some(Body { place: Place::Arena(_), len, .. }) => ARENA_SLOT.saturating_sub(*len),
+            Some(body) => (i64::MAX as u64).saturating_sub(body.len),
+            None => 0,
+        }
+    }
+
+    /// So many bytes have been written at [`Bodies::file_end`].
+    pub fn extend(&mut self, id: BodyId, bytes: u64) {
+        if let Some(body) = self.bodies.get_mut(id) {
+            body.len += bytes;
+        }
+    }
+
+    /// Gives the memory of the whole pages between `from` and `to` back, and returns where it stopped. What was
+    /// there reads as zeros. Of an inline body nothing is given back.
+    pub fn punch(&self, id: BodyId, from: u64, to: u64) -> io::Result<u64> {
+        let page = rustix::param::page_size() as u64;
+        let to = to / page * page;
+        if to <= from {
+            return Ok(from);
+        }
+        if let Some(Content::File(file, start)) = self.content(id) {
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(file, hole, start + from, to - from)?;
+        }
+        Ok(to)
+    }
+
     /// Takes away what is behind the first `len` bytes: an append that failed.
     pub fn truncate(&mut self, id: BodyId, len: u64) {
         let Some(body) = self.bodies.get_mut(id) else { return };
@@ -202,6 +250,7 @@ impl Bodies {
             Place::Inline(_) => return Err(gone()),
         };
         let written = match &body.place {
+            Place::Inline(bytes) if bytes.is_empty() => Ok(()),
             Place::Inline(bytes) => write_all(file, bytes, start),
             Place::Memfd(_) | Place::Arena(_) => Ok(()),
         };

@@ -23,6 +23,8 @@ pub struct Image {
     pub body: BodyId,
     /// How many bytes of the body are the image.
     pub len: u64,
+    /// Whether the bytes are here. If not (they went on to the peer and were not to stay), `body` is empty.
+    pub kept: bool,
     // When it was first complete, counted in images: the order to send a session in.
     order: u64,
 }
@@ -34,6 +36,8 @@ pub struct Catalog {
     snapshots: HashSet<Box<[u8]>>,
     count: u64,
     bytes: u64,
+    /// Whether CRIU's action script has announced this session's CRIU.
+    pub scripted: bool,
 }
 
 impl Catalog {
@@ -46,10 +50,31 @@ impl Catalog {
     /// stood under the name is replaced; its readers keep what they hold.
     pub fn complete(&mut self, key: Key, body: BodyId, bodies: &mut Bodies) -> Image {
         bodies.settle(body);
-        self.count += 1;
         let len = bodies.len(body);
-        let image = Image { body, len, order: self.count };
-        self.bytes += len;
+        self.put(key, Image { body, len, kept: true, order: 0 }, bodies)
+    }
+
+    /// The image is complete, and has gone on to the peer: only its size is known here.
+    pub fn passed(&mut self, key: Key, len: u64, bodies: &mut Bodies) {
+        let body = bodies.create();
+        self.put(key, Image { body, len, kept: false, order: 0 }, bodies);
+    }
+
+    /// The peer has the image: its bytes need not stay here.
+    pub fn forget(&mut self, key: &Key, body: BodyId, bodies: &mut Bodies) {
+        if let Some(image) = self.images.get_mut(key)
+            && image.body == body
+        {
+            image.body = bodies.create();
+            image.kept = false;
+            bodies.release(body);
+        }
+    }
+
+    fn put(&mut self, key: Key, mut image: Image, bodies: &mut Bodies) -> Image {
+        self.count += 1;
+        image.order = self.count;
+        self.bytes += image.len;
         if !self.snapshots.contains(&key.snapshot_id) {
             self.snapshots.insert(key.snapshot_id.clone());
         }
@@ -63,6 +88,11 @@ impl Catalog {
     /// Whether there is any image of this snapshot.
     pub fn has_snapshot(&self, id: &[u8]) -> bool {
         self.snapshots.contains(id)
+    }
+
+    /// Whether there is an image whose bytes are not here.
+    pub fn is_partial(&self) -> bool {
+        self.images.values().any(|image| !image.kept)
     }
 
     /// How many images there are.
@@ -151,13 +181,15 @@ impl Catalog {
     /// The page images that a restore has to ask for: those of the last dump.
     pub fn pages(&self, bodies: &Bodies) -> Vec<&Key> {
         let last = self.last_snapshot(bodies);
-        let wanted = |key: &&Key| {
-            key.name.starts_with(b"pages-")
-                && key.name.ends_with(b".img")
-                && last.as_ref().is_none_or(|id| key.snapshot_id[..] == id[..])
-        };
+        let wanted =
+            |key: &&Key| is_pages(key) && last.as_ref().is_none_or(|id| key.snapshot_id[..] == id[..]);
         self.images.keys().filter(wanted).collect()
     }
+}
+
+/// Whether this image holds memory: nearly all of a dump's bytes.
+pub fn is_pages(key: &Key) -> bool {
+    key.name.starts_with(b"pages-") && key.name.ends_with(b".img")
 }
 
 /// Whether this is the list of snapshots of the remote dialect. Each dump begins by appending to it.

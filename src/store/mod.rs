@@ -5,6 +5,6 @@ pub mod body;
 pub mod catalog;
 pub mod waits;
 
-pub use body::{Bodies, BodyId, Content};
+pub use body::{Bodies, BodyId, Content, INLINE_MAX};
 pub use catalog::{Catalog, Image};
 pub use waits::Waits;
