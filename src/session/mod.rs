@@ -57,11 +57,26 @@ impl Asked {
     }
 }
 
+/// What decides about the images of a scripted session, once they are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The source is dead: they may be restored.
+    Release,
+    /// The source lives: they may not.
+    Rollback,
+}
+
 /// What to do after an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// Go on.
     Nothing,
+    /// Scripted: let CRIU go on, which kills the source.
+    Allow,
+    /// Scripted: make CRIU fail, for this reason, and say the word.
+    Deny(String),
+    /// Scripted: say the word, now or when there is a link.
+    Say(Word),
     /// Try to get a link.
     Connect,
     /// Send everything that is held, from the beginning, on the new link.

@@ -1,6 +1,12 @@
 //! The session on the destination: from the peer's first valid frame until a restore has succeeded.
 
-use super::{Ask, Asked, Decision};
+use std::collections::VecDeque;
+
+use super::{Ask, Asked, Decision, Word};
+use crate::wire::relay::SessionId;
+
+/// Sessions whose outcome is remembered: a word may be repeated when its acknowledgement was lost.
+pub const REMEMBERED: usize = 16;
 
 /// The destination's side.
 #[derive(Debug)]
@@ -8,6 +14,9 @@ pub struct Sink {
     keep: bool,
     receiving: bool,
     held: Held,
+    // A scripted session that is stored and waits for its word.
+    stored: Option<SessionId>,
+    settled: VecDeque<(SessionId, Settled)>,
     asked: Asked,
     last: Option<Result<(), ()>>,
 }
@@ -21,16 +30,51 @@ enum Held {
     Restored,
 }
 
+/// What became of a session that was stored completely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// Not scripted, and taken.
+    Taken,
+    /// The word was said.
+    Said(Word),
+}
+
+/// What a word from the source means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// It decides about the images that are stored.
+    Decides,
+    /// It has been said before.
+    Again,
+    /// It concerns no session that is known here.
+    Unknown,
+    /// The opposite has been said.
+    Contradicts,
+}
+
 impl Sink {
     /// `keep`: another session follows.
     pub fn new(keep: bool) -> Self {
-        Self { keep, receiving: false, held: Held::Nothing, asked: Asked::default(), last: None }
+        Self {
+            keep,
+            receiving: false,
+            held: Held::Nothing,
+            stored: None,
+            settled: VecDeque::new(),
+            asked: Asked::default(),
+            last: None,
+        }
     }
 
     /// Somebody has sent a valid first frame. An error is why it is refused.
     pub fn peer(&mut self) -> Result<(), &'static str> {
         if self.receiving {
             return Err("was refused: a session is in progress, one at a time");
+        }
+        if self.stored.is_some() {
+            return Err(
+                "was refused: the last dump is stored, and its source has not said what becomes of it",
+            );
         }
         if self.is_full() {
             return Err("was refused: this cache has its dump already (--keep takes another)");
@@ -44,24 +88,83 @@ impl Sink {
         self.receiving
     }
 
+    /// Whether the last complete session has been restored.
+    pub fn is_restored(&self) -> bool {
+        self.held == Held::Restored
+    }
+
+    /// Whether a session is in progress that another one has to wait for.
+    pub fn is_busy(&self) -> bool {
+        self.receiving || self.stored.is_some()
+    }
+
     /// Whether the last complete session has not been restored.
     pub fn has_only_copy(&self) -> bool {
-        self.held == Held::Unrestored
+        self.held == Held::Unrestored || self.stored.is_some()
     }
 
     /// Whether a peer may still come.
     pub fn takes_peers(&self) -> bool {
-        self.stays() || self.held == Held::Nothing
+        self.stays() || (self.held == Held::Nothing && self.stored.is_none())
     }
 
     /// Whether this cache has had its only session.
     pub fn is_full(&self) -> bool {
-        !self.keep && self.held != Held::Nothing
+        !self.keep && (self.held != Held::Nothing || self.stored.is_some())
+    }
+
+    /// The scripted session that waits for its word.
+    pub fn stored(&self) -> Option<SessionId> {
+        self.stored
+    }
+
+    /// What became of that session.
+    pub fn settled(&self, id: &SessionId) -> Option<Settled> {
+        self.settled.iter().find(|(known, _)| known == id).map(|(_, settled)| *settled)
+    }
+
+    fn remember(&mut self, id: SessionId, settled: Settled) {
+        if self.settled.len() == REMEMBERED {
+            self.settled.pop_front();
+        }
+        self.settled.push_back((id, settled));
+    }
+
+    /// All of a session that is not scripted has been stored; it is told of by [`Sink::peer_ended`].
+    pub fn taken(&mut self, id: SessionId) {
+        self.remember(id, Settled::Taken);
+    }
+
+    /// All of a scripted session has been stored: it waits for its word.
+    pub fn hold(&mut self, id: SessionId) {
+        self.receiving = false;
+        self.stored = Some(id);
+    }
+
+    /// The source has said what becomes of a session. On [`Heard::Decides`] the images are published, or the
+    /// session is over, as the decision of [`Sink::peer_ended`] has it.
+    pub fn hear(&mut self, id: SessionId, word: Word) -> Heard {
+        if self.stored == Some(id) {
+            self.stored = None;
+            self.remember(id, Settled::Said(word));
+            return Heard::Decides;
+        }
+        match self.settled(&id) {
+            Some(Settled::Said(said)) if said == word => Heard::Again,
+            Some(_) => Heard::Contradicts,
+            None => {
+                // Its images may still be on their way: they are not to be taken any more.
+                if word == Word::Rollback {
+                    self.remember(id, Settled::Said(word));
+                }
+                Heard::Unknown
+            }
+        }
     }
 
     /// Whether everything is done and nothing more is wanted.
     pub fn is_done(&self) -> bool {
-        self.held == Held::Restored && !self.receiving && !self.stays()
+        self.held == Held::Restored && self.stored.is_none() && !self.receiving && !self.stays()
     }
 
     /// Whether it was to take more than one session.
@@ -102,10 +205,15 @@ impl Sink {
     /// A signal. What may be the only copy is given up at the second request to end, and never because
     /// a terminal has gone.
     pub fn terminate(&mut self, signal: Ask) -> Decision {
-        if self.held == Held::Unrestored && !self.asked.insists(signal) {
+        if self.has_only_copy() && !self.asked.insists(signal) {
             return Decision::Stay;
         }
         Decision::Over(match (self.held, self.last) {
+            _ if self.stored.is_some() => Err(
+                "asked twice to end: the images of a session that its source has neither released nor rolled \
+                 back are given up"
+                    .into(),
+            ),
             (Held::Unrestored, _) => {
                 Err("asked twice to end: what may be the only copy of the process is given up".into())
             }
@@ -181,5 +289,35 @@ mod tests {
         assert!(!sink.is_done() && sink.has_only_copy());
         sink.restore_ended(true);
         assert!(sink.is_done());
+    }
+
+    #[test]
+    fn a_stored_session_is_decided_once() {
+        let (one, two) = ([1; 16], [2; 16]);
+        let mut sink = Sink::new(true);
+        sink.peer().unwrap();
+        sink.hold(one);
+        assert!(sink.peer().is_err() && sink.has_only_copy() && sink.is_busy());
+        assert_eq!(sink.hear(two, Word::Release), Heard::Unknown);
+        assert_eq!(sink.hear(one, Word::Release), Heard::Decides);
+        sink.peer_ended(Ok(()));
+        assert_eq!(sink.hear(one, Word::Release), Heard::Again);
+        assert_eq!(sink.hear(one, Word::Rollback), Heard::Contradicts);
+        assert_eq!(sink.terminate(Ask::End), Decision::Stay, "it has not been restored");
+        // What was rolled back before it was complete is not taken when it is.
+        assert_eq!(sink.hear(two, Word::Rollback), Heard::Unknown);
+        assert_eq!(sink.settled(&two), Some(Settled::Said(Word::Rollback)));
+        assert_eq!(sink.hear(two, Word::Release), Heard::Contradicts);
+    }
+
+    #[test]
+    fn a_session_without_its_word_is_given_up_at_the_second_request() {
+        let mut sink = Sink::new(false);
+        sink.peer().unwrap();
+        sink.hold([1; 16]);
+        assert!(sink.is_full() && !sink.takes_peers());
+        assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
+        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+        assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
     }
 }
