@@ -27,6 +27,8 @@ pub struct Dialer {
     // When the last search succeeded.
     linked_at: Option<Instant>,
     last_error: String,
+    // Whether an attempt of the search under way has failed.
+    failed: bool,
 }
 
 impl Dialer {
@@ -41,6 +43,7 @@ impl Dialer {
             until: None,
             linked_at: None,
             last_error: String::new(),
+            failed: false,
         }
     }
 
@@ -49,6 +52,7 @@ impl Dialer {
     pub fn start(&mut self, now: Instant, for_ever: bool) {
         let flaps = self.linked_at.is_some_and(|at| now < at + FLAP);
         self.searching = true;
+        self.failed = false;
         self.attempt_at = Some(if flaps { now + FLAP } else { now });
         if for_ever || !flaps {
             self.limit(now, for_ever);
@@ -70,9 +74,14 @@ impl Dialer {
         why.clone_into(&mut self.last_error);
     }
 
+    /// Whether a search is under way.
+    pub fn is_searching(&self) -> bool {
+        self.searching
+    }
+
     /// Whether an attempt of the search under way has failed.
     pub fn is_in_vain(&self) -> bool {
-        self.searching && !self.last_error.is_empty()
+        self.searching && self.failed
     }
 
     /// Whether a search is under way that nothing will end.
@@ -95,6 +104,7 @@ impl Dialer {
     /// The attempt failed.
     pub fn failed(&mut self, now: Instant, error: String) {
         self.last_error = error;
+        self.failed = true;
         self.next = (self.next + 1) % self.addresses.len().max(1);
         self.attempt_at = Some(if self.next == 0 { now + PAUSE } else { now });
     }
@@ -123,12 +133,20 @@ impl Dialer {
 
     /// The whole search as a sentence.
     pub fn why(&self) -> String {
+        self.sentence(&format!(" within {} s", self.window.as_secs()))
+    }
+
+    /// The same while it goes on.
+    pub fn why_not_yet(&self) -> String {
+        self.sentence("")
+    }
+
+    fn sentence(&self, within: &str) -> String {
         let tried: Vec<_> = self.addresses.iter().map(SocketAddr::to_string).collect();
         let error = if self.last_error.is_empty() { "no answer" } else { &self.last_error };
         format!(
-            "no link to {} within {} s ({error}): is criu-relay cache running there, does it allow this peer?",
-            tried.join(" or "),
-            self.window.as_secs()
+            "no link to {}{within} ({error}): is criu-relay cache running there, does it allow this peer?",
+            tried.join(" or ")
         )
     }
 }

@@ -1,11 +1,12 @@
-//! The link between proxy and cache. Which protocol it speaks is decided in one place, [`Protocol`]; today
-//! that is the seed protocol of 2017.
+//! The link between proxy and cache. Which protocol it speaks is found out when it has been made ([`link`] on one
+//! side, [`receiver`] on the other).
 
 pub mod allow;
 pub mod dialer;
 pub mod link;
 pub mod outq;
 pub mod receiver;
+pub mod relay;
 pub mod sender;
 
 /// What is spoken on a link.
@@ -13,4 +14,23 @@ pub mod sender;
 pub enum Protocol {
     /// remote_image_entry and payload, one way; 'done' is a guess.
     Seed,
+    /// Framed messages both ways (proto/relay.proto); 'done' is a fact.
+    Relay,
+}
+
+/// Which of them may be spoken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// The relay protocol where the other side knows it, the seed protocol otherwise.
+    #[default]
+    Auto,
+    /// This one only.
+    Only(Protocol),
+}
+
+impl Choice {
+    /// Whether this protocol may be spoken.
+    pub fn allows(self, protocol: Protocol) -> bool {
+        self == Self::Auto || self == Self::Only(protocol)
+    }
 }

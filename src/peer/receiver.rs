@@ -1,4 +1,4 @@
-//! The cache's end of the link, seed protocol: a connection that may become the peer, and the peer.
+//! The cache's end of the link: a connection that may become the peer, and a peer of the seed protocol.
 //!
 //! Each owns its TCP socket (or the inherited one).
 
@@ -7,8 +7,10 @@ use std::time::Instant;
 
 use mio::Interest;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::relay::RelayPeer;
+use super::{Choice, Protocol};
 use crate::client::HEADER_LIMIT;
 use crate::net::{self, Received};
 use crate::pump::{self, Inflow};
@@ -16,6 +18,7 @@ use crate::reactor::Pollable;
 use crate::store::{Bodies, Catalog};
 use crate::wire::criu::{self, Transfer, WriteMode};
 use crate::wire::frame::{FrameReader, LENGTH, MAX_BODY};
+use crate::wire::relay::{self, Hello, Kind, Welcome};
 use crate::wire::seed::{Decoder, Item};
 use crate::wire::{Key, WireError};
 
@@ -27,6 +30,8 @@ pub struct Parked {
     name: String,
     since: Instant,
     until: Option<Instant>,
+    // Whether it has said hello, and goes on in the seed protocol nevertheless.
+    greeted: bool,
 }
 
 /// What a parked connection has shown.
@@ -34,8 +39,12 @@ pub struct Parked {
 pub enum Shown {
     /// Not enough yet.
     Nothing,
-    /// A valid first frame: it is a peer.
+    /// A valid first frame of the seed protocol: it is a peer.
     Peer,
+    /// It speaks the relay protocol. (Its hello has been taken.)
+    Hello(Hello),
+    /// It has said hello in a way that is none.
+    Wrong(String),
     /// It has closed.
     Closed,
 }
@@ -44,7 +53,12 @@ impl Parked {
     /// A connection just accepted from `name`.
     pub fn new(fd: OwnedFd, name: String, now: Instant) -> Self {
         net::tune_link(&fd);
-        Self { fd, name, since: now, until: None }
+        Self { fd, name, since: now, until: None, greeted: false }
+    }
+
+    /// One that has said hello, and goes on in the seed protocol.
+    pub fn fallen_back((fd, name, since): (OwnedFd, String, Instant)) -> Self {
+        Self { fd, name, since, until: None, greeted: true }
     }
 
     /// Since when it has been parked.
@@ -67,8 +81,8 @@ impl Parked {
         self.until = None;
     }
 
-    /// Looks at its first frame, taking nothing. The error is the second half of a sentence.
-    pub fn step(&mut self, block: &mut [u8]) -> Result<Shown, String> {
+    /// Looks at its first frame. Only a hello is taken. The error is the second half of a sentence.
+    pub fn step(&mut self, choice: Choice, block: &mut [u8]) -> Result<Shown, String> {
         let seen = &mut block[..LENGTH + MAX_BODY];
         let n = match net::peek(self.fd.as_fd(), seen) {
             Ok(Received::Bytes(n, _)) => n,
@@ -77,13 +91,44 @@ impl Parked {
             Err(error) => return Err(format!("could not be read from: {error}")),
         };
         let wrong = |error: WireError| error.to_string();
-        match FrameReader::default().feed(&mut &seen[..n]).map_err(wrong)? {
-            Some(body) => criu::decode_transfer(&body).map(|_| Shown::Peer).map_err(wrong),
-            None => {
-                self.until.get_or_insert_with(|| Instant::now() + HEADER_LIMIT);
-                Ok(Shown::Nothing)
-            }
+        let mut rest = &seen[..n];
+        let Some(body) = FrameReader::default().feed(&mut rest).map_err(wrong)? else {
+            return Ok(self.begun());
+        };
+        let transfer = criu::decode_transfer(&body).map_err(wrong)?;
+        if self.greeted || !choice.allows(Protocol::Relay) || !relay::is_greeting(&transfer) {
+            return match choice.allows(Protocol::Seed) {
+                true => Ok(Shown::Peer),
+                false => Err("speaks the seed protocol, which --peer-protocol relay does not allow".into()),
+            };
         }
+        let Some(payload) = rest.get(..transfer.size as usize) else { return Ok(self.begun()) };
+        let hello = match Hello::check(payload) {
+            Ok(hello) => hello,
+            Err(error) => return Ok(Shown::Wrong(error.to_string())),
+        };
+        let whole = n - rest.len() + payload.len();
+        match recv(&self.fd, &mut seen[..whole], RecvFlags::DONTWAIT) {
+            Ok((_, taken)) if taken == whole => Ok(Shown::Hello(hello)),
+            Ok(_) => Err("could not be read from: its hello changed".into()),
+            Err(error) => Err(format!("could not be read from: {error}")),
+        }
+    }
+
+    fn begun(&mut self) -> Shown {
+        self.until.get_or_insert_with(|| Instant::now() + HEADER_LIMIT);
+        Shown::Nothing
+    }
+
+    /// Goes on in the relay protocol.
+    pub fn welcome(self, welcome: Welcome) -> RelayPeer {
+        RelayPeer::new(self.fd, self.name, self.since, welcome)
+    }
+
+    /// Closes it, after having said why in the relay protocol.
+    pub fn refuse(self, why: &str) {
+        let error = relay::Error::new(Errno::BUSY.raw_os_error() as u32, why);
+        let _ = send(&self.fd, &relay::encode(Kind::Error(error)), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     }
 
     /// It is the peer from now on; nothing of it has been taken yet.
