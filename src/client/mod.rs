@@ -1,11 +1,23 @@
 //! CRIU's connections: one state machine for each kind, stepped by its role.
 
+pub mod control;
 pub mod fence;
 pub mod listener;
 pub mod remote;
 pub mod stream;
 
 use std::time::Duration;
+
+use crate::session::Dialect;
+
+/// What is spoken at a listening UNIX socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// CRIU, in one of its dialects.
+    Criu(Dialect),
+    /// CRIU's action script.
+    Control,
+}
 
 /// What is said of [`Received::TooManyDescriptors`](crate::net::Received).
 const TOO_MANY: &str = "sent more than one descriptor (or there was no place for the one)";

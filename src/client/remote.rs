@@ -13,16 +13,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use mio::Interest;
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
 use super::{HEADER_LIMIT, TOO_MANY};
 use crate::net::{self, PipeEnd, Received};
-use crate::pump::{self, FillError, Flow, Inflow, Outflow};
+use crate::pump::{self, Carried, Conduit, FillError, Flow, Inflow, Outflow};
 use crate::reactor::Pollable;
-use crate::store::{Bodies, BodyId, Image};
+use crate::store::{Bodies, BodyId, INLINE_MAX};
 use crate::wire::criu::{self, Request};
-use crate::wire::frame::{LENGTH, MAX_BODY};
+use crate::wire::frame::{FrameReader, LENGTH, MAX_BODY};
 use crate::wire::remote::Remote;
 use crate::wire::{Key, WireError};
 
@@ -35,6 +35,10 @@ pub struct RemoteClient {
     wire: Remote,
     state: State,
     order: u64,
+    // A reader's header has been understood, but its last byte left in the socket. As long as it is there, a
+    // close resets the connection: a reader that is closed in the middle of an image sees an error, where an
+    // end would tell it that this was all.
+    unread: bool,
 }
 
 #[derive(Debug)]
@@ -68,7 +72,7 @@ impl RemoteClient {
     /// A connection just accepted, as number `order` of all that were.
     pub fn new(fd: OwnedFd, order: u64, now: Instant) -> Self {
         let state = State::Header { until: now + HEADER_LIMIT };
-        Self { fd, piped: false, wire: Remote::default(), state, order }
+        Self { fd, piped: false, wire: Remote::default(), state, order, unread: false }
     }
 
     /// Its place among all accepted connections.
@@ -82,6 +86,11 @@ impl RemoteClient {
             State::Queued { request, .. } => Some(request),
             _ => None,
         }
+    }
+
+    /// Whether it asks for an image.
+    pub fn reads(&self) -> bool {
+        matches!(self.state, State::Queued { request: Request::Read(_), .. })
     }
 
     /// Whether its header is complete.
@@ -139,9 +148,27 @@ impl RemoteClient {
         Ok(())
     }
 
-    /// Begins to read `image`, of which the caller has taken a hold for this client.
-    pub fn start_read(&mut self, key: Key, image: Image) -> Result<(), String> {
-        let out = Outflow { key, body: image.body, at: 0, end: image.len };
+    /// What it is reading.
+    pub fn reading_mut(&mut self) -> Option<&mut Outflow> {
+        match &mut self.state {
+            State::Reading { out, .. } => Some(out),
+            _ => None,
+        }
+    }
+
+    /// The pipe to which it reads, and what.
+    pub fn piping_mut(&mut self) -> Option<(BorrowedFd<'_>, &mut Outflow)> {
+        match &mut self.state {
+            State::Reading { out, .. } if self.piped => Some((self.fd.as_fd(), out)),
+            _ => None,
+        }
+    }
+
+    /// Begins to read, from a body that the caller holds for this client.
+    pub fn start_read(&mut self, out: Outflow) -> Result<(), String> {
+        if out.end.is_none_or(|end| end > INLINE_MAX as u64) {
+            net::widen(&self.fd);
+        }
         self.state = State::Reading { out, sent: false };
         self.answer(0)
     }
@@ -149,6 +176,9 @@ impl RemoteClient {
     /// Answers with an errno, or 0. The client is over then, unless its image follows.
     pub fn answer(&mut self, errno: u32) -> Result<(), String> {
         self.wire.answered();
+        if errno != 0 {
+            self.read_last_byte();
+        }
         let reply = criu::encode_reply(errno);
         // The first bytes on this socket: there is room for them.
         match send(&self.fd, &reply, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
@@ -160,12 +190,18 @@ impl RemoteClient {
 
     /// Goes on. `draining`: whether a writer's bytes may be taken now. The error is the second half
     /// of a sentence.
-    pub fn step(&mut self, bodies: &mut Bodies, block: &mut [u8], draining: bool) -> Result<Step, String> {
+    pub fn step(
+        &mut self,
+        bodies: &mut Bodies,
+        block: &mut [u8],
+        conduit: &mut Conduit,
+        draining: bool,
+    ) -> Result<Step, String> {
         match &mut self.state {
             State::Header { .. } => self.read_header(block),
             // What it wants stands, whether it stays or not.
             State::Queued { request: Request::Write(..) | Request::Finish { .. }, .. } => Ok(Step::Wait),
-            State::Queued { request: Request::Read(_), .. } => match net::is_hung_up(self.fd.as_fd()) {
+            State::Queued { request: Request::Read(_), .. } => match net::is_closed(self.fd.as_fd()) {
                 true => Ok(Step::Over),
                 false => Ok(Step::Wait),
             },
@@ -175,14 +211,14 @@ impl RemoteClient {
                     net::enlarge(self.fd.as_fd());
                 }
                 match pump::fill(self.fd.as_fd(), bodies, inflow.body, block) {
-                    Ok(Flow::Wait) => Ok(Step::Wait),
+                    Ok(Flow::Wait | Flow::Starved) => Ok(Step::Wait),
                     Ok(Flow::Again) => Ok(Step::Again),
                     Ok(Flow::End) => Ok(Step::Written),
                     Err(FillError::Read(error)) => Err(format!("could not be read from: {error}")),
                     Err(FillError::Store(error)) => Err(no_memory(error)),
                 }
             }
-            State::Writing { .. } => self.write_from_socket(bodies, block),
+            State::Writing { .. } => self.write_from_socket(bodies, block, conduit),
             State::Reading { .. } => self.read_image(bodies, block),
         }
     }
@@ -196,30 +232,74 @@ impl RemoteClient {
     }
 
     fn read_header(&mut self, block: &mut [u8]) -> Result<Step, String> {
-        loop {
-            // Not more than a header and a little: the rest stays in the socket until its turn.
-            let input = &mut block[..LENGTH + MAX_BODY];
-            let (n, descriptor) = match net::receive(self.fd.as_fd(), input) {
-                Ok(Received::Bytes(n, descriptor)) => (n, descriptor),
-                Ok(Received::Wait) => return Ok(Step::Wait),
-                Ok(Received::End) => return Err(WireError::Truncated("its header").to_string()),
-                Ok(Received::TooManyDescriptors) => return Err(TOO_MANY.into()),
-                Err(error) => return Err(format!("could not be read from: {error}")),
-            };
-            let fed = self.wire.feed(&input[..n], descriptor).map_err(|error| error.to_string())?;
-            let Some(request) = fed.request else { continue };
-            self.state = State::Queued { request, early: fed.data.to_vec() };
-            if let Some(pipe) = fed.pipe {
-                self.change_to(pipe, PipeEnd::Read)?;
-            }
-            return Ok(Step::Requested);
+        // Not more than a header and a little: the rest stays in the socket until its turn.
+        let input = &mut block[..LENGTH + MAX_BODY];
+        let unreadable = |error| format!("could not be read from: {error}");
+        let truncated = || WireError::Truncated("its header").to_string();
+        let here = match net::peek(self.fd.as_fd(), input).map_err(unreadable)? {
+            Received::Bytes(n, _) => n,
+            Received::End => return Err(truncated()),
+            Received::Wait | Received::TooManyDescriptors => return Ok(Step::Wait),
+        };
+        let mut rest = &input[..here];
+        let Some(body) = FrameReader::default().feed(&mut rest).map_err(|error| error.to_string())? else {
+            return if net::has_ended(self.fd.as_fd()) { Err(truncated()) } else { Ok(Step::Wait) };
+        };
+        let reads = matches!(criu::decode_request(&body), Ok(Request::Read(_)));
+        self.unread = reads && rest.is_empty();
+        let last = input[here - 1];
+        let room = if self.unread { here - 1 } else { here };
+        let (n, descriptor) = match net::receive(self.fd.as_fd(), &mut input[..room]).map_err(unreadable)? {
+            Received::Bytes(n, descriptor) => (n, descriptor),
+            Received::TooManyDescriptors => return Err(TOO_MANY.into()),
+            Received::Wait => return Ok(Step::Wait),
+            Received::End => return Err(truncated()),
+        };
+        let mut fed = self.wire.feed(&input[..n], descriptor).map_err(|error| error.to_string())?;
+        let last = [last];
+        if self.unread {
+            fed = self.wire.feed(&last, None).map_err(|error| error.to_string())?;
+        }
+        // A receive ends at a descriptor: one that belongs to no header.
+        let Some(request) = fed.request else {
+            return Err(WireError::Descriptor("a descriptor inside its header").to_string());
+        };
+        self.state = State::Queued { request, early: fed.data.to_vec() };
+        if let Some(pipe) = fed.pipe {
+            self.change_to(pipe, PipeEnd::Read)?;
+        }
+        Ok(Step::Requested)
+    }
+
+    // The close of the connection may be taken for an end again.
+    fn read_last_byte(&mut self) {
+        if std::mem::take(&mut self.unread) {
+            // It is there: it has been seen.
+            let _ = net::receive(self.fd.as_fd(), &mut [0; 1]);
         }
     }
 
-    fn write_from_socket(&mut self, bodies: &mut Bodies, block: &mut [u8]) -> Result<Step, String> {
+    fn write_from_socket(
+        &mut self,
+        bodies: &mut Bodies,
+        block: &mut [u8],
+        conduit: &mut Conduit,
+    ) -> Result<Step, String> {
         let State::Writing { inflow, .. } = &self.state else { return Ok(Step::Wait) };
         let mut moved = 0;
         while moved < pump::TURN {
+            // Behind the image's first bytes no pipe can come, so that nothing need be looked at.
+            if bodies.len(inflow.body) >= inflow.start + INLINE_MAX as u64 {
+                match conduit.carry(self.fd.as_fd(), net::PIPE_SIZE as u64, bodies, inflow.body) {
+                    Ok(Carried::Some(n)) => moved += n as usize,
+                    Ok(Carried::Nothing) => return Ok(Step::Wait),
+                    Ok(Carried::End) => return Ok(Step::Written),
+                    Err(FillError::Read(error)) => return Err(format!("could not be read from: {error}")),
+                    Err(FillError::Store(error)) => return Err(no_memory(error)),
+                }
+                continue;
+            }
+            let block = &mut block[..INLINE_MAX];
             let (n, descriptor) = match net::receive(self.fd.as_fd(), block) {
                 Ok(Received::Bytes(n, descriptor)) => (n, descriptor),
                 Ok(Received::Wait) => return Ok(Step::Wait),
@@ -239,7 +319,12 @@ impl RemoteClient {
     }
 
     fn read_image(&mut self, bodies: &Bodies, block: &mut [u8]) -> Result<Step, String> {
-        if !self.piped {
+        let arrives = matches!(&self.state, State::Reading { out, .. } if out.end.is_none());
+        // Behind that byte a pipe may have come.
+        if !arrives || ioctl_fionread(&self.fd).is_ok_and(|bytes| bytes > 1) {
+            self.read_last_byte();
+        }
+        if !self.piped && !self.unread {
             match net::receive(self.fd.as_fd(), block) {
                 Ok(Received::Bytes(n, descriptor)) => {
                     let fed = self.wire.feed(&block[..n], descriptor).map_err(|error| error.to_string())?;
@@ -261,14 +346,15 @@ impl RemoteClient {
         }
         let State::Reading { out, sent: sent @ false } = &mut self.state else { return Ok(Step::Wait) };
         match pump::drain(bodies, out, self.fd.as_fd()) {
-            Ok(Flow::Wait) => Ok(Step::Wait),
+            Ok(Flow::Wait | Flow::Starved) => Ok(Step::Wait),
             Ok(Flow::Again) => Ok(Step::Again),
             Ok(Flow::End) if self.piped => Ok(Step::Over),
             Ok(Flow::End) => {
                 // All that can fail here is that it has closed: the next step sees it.
                 let _ = shutdown(&self.fd, Shutdown::Write);
                 *sent = true;
-                Ok(Step::Again)
+                // Its close, or a pipe, is an event.
+                Ok(Step::Wait)
             }
             // It closed early; that is its right.
             Err(error) if closed_early(&error) && self.piped => Ok(Step::Over),
@@ -308,9 +394,9 @@ impl Pollable for RemoteClient {
     fn interest(&self) -> Option<Interest> {
         match &self.state {
             State::Header { .. } | State::Writing { .. } => Some(Interest::READABLE),
-            // A waiting writer's bytes and end keep; a waiting reader that goes away is to be seen.
-            State::Queued { request: Request::Write(..) | Request::Finish { .. }, .. } => None,
-            State::Queued { request: Request::Read(_), .. } => Some(Interest::READABLE),
+            // A waiting writer's bytes and end keep until it is stepped; a waiting reader that goes away is to be
+            // seen. It costs less to be told too often than to change what is registered.
+            State::Queued { .. } => Some(Interest::READABLE),
             State::Reading { .. } if self.piped => Some(Interest::WRITABLE),
             State::Reading { sent: true, .. } => Some(Interest::READABLE),
             State::Reading { sent: false, .. } => Some(Interest::READABLE | Interest::WRITABLE),

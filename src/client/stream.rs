@@ -3,6 +3,7 @@
 //! Each owns its descriptor and is dropped by its role. A pipe's body is held for it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::time::Instant;
 
 use mio::Interest;
@@ -68,6 +69,11 @@ impl Capture {
     /// Its place among all accepted connections.
     pub fn order(&self) -> u64 {
         self.order
+    }
+
+    /// The process id of its CRIU, as seen from here; 0: not visible.
+    pub fn pid(&self) -> i32 {
+        net::peer_pid(&self.fd)
     }
 
     /// It waits for us: its time begins anew with the next step.
@@ -136,6 +142,11 @@ impl Serve {
         Self { fd, wire: stream::Serve::default(), patience, state: Turn::Request }
     }
 
+    /// The process id of its CRIU, as seen from here; 0: not visible.
+    pub fn pid(&self) -> i32 {
+        net::peer_pid(&self.fd)
+    }
+
     /// The image that is asked for and not yet there.
     pub fn waiting(&self) -> Option<&Key> {
         match &self.state {
@@ -147,6 +158,14 @@ impl Serve {
     /// The image whose body is held for the pipe to come.
     pub fn promised(&self) -> Option<&Outflow> {
         match &self.state {
+            Turn::Pipe(outflow) => Some(outflow),
+            _ => None,
+        }
+    }
+
+    /// See [`Serve::promised`].
+    pub fn promised_mut(&mut self) -> Option<&mut Outflow> {
+        match &mut self.state {
             Turn::Pipe(outflow) => Some(outflow),
             _ => None,
         }
@@ -213,12 +232,26 @@ impl Serve {
 /// The pipe through which an image comes from `criu dump`.
 #[derive(Debug)]
 pub struct PipeIn {
-    /// Its read end.
-    pub fd: OwnedFd,
+    /// Its read end, shared with the sender when the bytes go straight to the link.
+    pub fd: Rc<OwnedFd>,
+    /// The image.
+    pub key: Key,
     /// Where the bytes go.
-    pub inflow: Inflow,
-    /// Whether some have been taken.
-    pub begun: bool,
+    pub way: Way,
+    /// Whether an event is wanted. While the sender has not found it empty, its events would only wake us for
+    /// nothing, again and again.
+    pub watched: bool,
+}
+
+/// Where the bytes of a pipe go. It is decided when the first are taken.
+#[derive(Debug)]
+pub enum Way {
+    /// Nothing has been taken yet.
+    Open,
+    /// To the end of a body, which is held.
+    Body(Inflow),
+    /// To the link: the sender takes them.
+    Link,
 }
 
 /// The pipe through which an image goes to `criu restore`.
@@ -264,7 +297,7 @@ impl Pollable for PipeIn {
     }
 
     fn interest(&self) -> Option<Interest> {
-        Some(Interest::READABLE)
+        self.watched.then_some(Interest::READABLE)
     }
 
     fn deadline(&self) -> Option<Instant> {
