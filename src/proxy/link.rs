@@ -2,24 +2,39 @@
 
 use std::time::Instant;
 
-use super::{Conn, Event, Proxy};
+use super::{Conn, Event, Proxy, Retain, hello};
+use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::peer::link::{Link, LinkStep};
+use crate::peer::sender::Confirmed;
+use crate::peer::{Choice, Protocol};
 use crate::reactor::Exit;
+use crate::session::{Decision, Word};
+use crate::store::catalog;
 use crate::table::Id;
-use crate::wire::criu::WriteMode;
+use crate::wire::relay::{self, Hello, Kind};
 
 impl Proxy {
     pub(super) fn dial(&mut self) {
         if self.link.is_some() {
             return;
         }
-        let for_ever = self.session.is_complete() || self.may_be_only_copy();
+        let for_ever = self.session.is_bound() || self.may_be_only_copy();
         match &mut self.dialer {
+            // A search that is under way goes on, and perhaps for ever from now on.
+            Some(dialer) if dialer.is_searching() => {
+                if for_ever {
+                    dialer.limit(Instant::now(), true);
+                }
+            }
             Some(dialer) => dialer.start(Instant::now(), for_ever),
             None if self.session.is_idle() => {
                 log::error!("the inherited connection is gone and can't be made anew");
                 self.exit = Some(Exit::Failed);
+            }
+            None if self.session.word().is_some() && !self.session.is_bound() => {
+                let decision = self.no_link("the inherited connection is gone".into(), false);
+                self.decide(decision);
             }
             None => log::error!(
                 "the inherited connection is gone and can't be made anew: the images stay here until a signal comes"
@@ -29,17 +44,32 @@ impl Proxy {
 
     pub(super) fn step_link(&mut self, id: Id) {
         let Some(Conn::Link(link)) = self.conns.get_mut(id) else { return };
-        match link.step(&mut self.sender, &mut self.bodies, &mut self.block) {
+        let step = link.step(&mut self.sender, &mut self.bodies, &mut self.block);
+        self.passed();
+        self.link_stepped(id, step);
+    }
+
+    pub(super) fn link_stepped(&mut self, id: Id, step: LinkStep) {
+        let Some(Conn::Link(link)) = self.conns.get(id) else { return };
+        match step {
             LinkStep::Wait => {}
             LinkStep::Again => self.conns.again(id),
-            LinkStep::Up => {
-                log::info!("connected to {}", link.name());
+            LinkStep::Up(welcome) => {
+                match welcome {
+                    Some(_) => log::info!("connected to {}, relay protocol", link.name()),
+                    None => log::info!("connected to {}, seed protocol: nothing is confirmed", link.name()),
+                }
                 if let Some(dialer) = &mut self.dialer {
                     dialer.succeeded(Instant::now());
                 }
                 self.conns.again(id);
-                let decision = self.session.link_up();
-                self.decide(decision);
+                self.link_up(welcome.map(|welcome| welcome.run));
+            }
+            LinkStep::Heard(heard) => {
+                self.conns.again(id);
+                for kind in heard {
+                    self.heard(id, kind);
+                }
             }
             LinkStep::Refused(why) => {
                 let why = format!("{}: {why}", link.name());
@@ -53,6 +83,92 @@ impl Proxy {
             }
         }
         self.settle(id);
+    }
+
+    // What is spoken is decided. `run`: the cache's, in the relay protocol.
+    fn link_up(&mut self, run: Option<Vec<u8>>) {
+        let resumes = run.is_some() && run == self.run && self.finished.is_some();
+        let decision = self.session.link_up();
+        if decision == Decision::SendAnew && resumes {
+            // It may have everything: only its word for it was lost.
+            let (session, run) = (self.session_id.to_vec(), run.unwrap_or_default());
+            self.sender.say(Kind::Resume(relay::Resume { session, run }));
+            return;
+        }
+        self.run = run;
+        if self.run.is_some() {
+            for session in &self.owed {
+                self.sender.say(Kind::Rollback(relay::Rollback { session: session.to_vec() }));
+            }
+        }
+        if decision == Decision::Nothing && (self.session.is_running() || self.session.is_complete()) {
+            self.announce_session();
+        }
+        self.decide(decision);
+    }
+
+    // Relay: a session begins. What is sent from here on belongs to it.
+    pub(super) fn announce_session(&mut self) {
+        if self.run.is_some() {
+            let scripted = self.session.is_scripted();
+            self.sender.say(Kind::Hello(Hello { scripted, ..hello(self.session_id) }));
+            self.wake_link();
+        }
+    }
+
+    fn heard(&mut self, id: Id, kind: Kind) {
+        let is_verdict = matches!(kind, Kind::Released(_) | Kind::RolledBack(_) | Kind::AllStored(_));
+        let confirmed = match self.sender.heard(&kind) {
+            Ok(confirmed) => confirmed,
+            Err(why) => return self.close(id, Some(format!("the cache {why}"))),
+        };
+        let decision = match (confirmed, kind) {
+            (Confirmed::Image(key, Some(body)), _) => {
+                let keeps = match self.policy.retain {
+                    Retain::All => true,
+                    Retain::Small => !catalog::is_pages(&key),
+                    // Old CRIU reads its list back.
+                    Retain::None => catalog::is_list(&key),
+                };
+                if !keeps && !self.flows.contains_key(&key) {
+                    self.images.forget(&key, body, &mut self.bodies);
+                    log::debug!("{key}: stored by the cache, not kept here any more");
+                }
+                Decision::Nothing
+            }
+            (_, Kind::AllStored(all)) if Some((all.images, all.bytes)) == self.finished => {
+                self.session.all_stored()
+            }
+            (_, Kind::AllStored(all)) => {
+                let why = format!(
+                    "the cache has confirmed {} transfers and {} bytes, which are not what was sent",
+                    all.images, all.bytes
+                );
+                return self.close(id, Some(why));
+            }
+            (_, Kind::Released(said)) if said.session == self.session_id => {
+                self.session.acknowledged(Word::Release)
+            }
+            (_, Kind::RolledBack(said)) if said.session == self.session_id => {
+                self.session.acknowledged(Word::Rollback)
+            }
+            (_, Kind::RolledBack(said)) => {
+                self.owed.retain(|session| session[..] != said.session[..]);
+                Decision::Nothing
+            }
+            // It holds nothing of what was sent before.
+            (_, Kind::Holding(holding)) if holding.last => Decision::SendAnew,
+            (_, Kind::Error(error)) if self.session.word().is_some() => {
+                self.session.disowned(&format!("the cache says: {}", error.shown()))
+            }
+            // It has failed the session, as if the link had been lost; but it says why.
+            (_, Kind::Error(error)) => {
+                return self.close(id, Some(format!("the cache says: {}", error.shown())));
+            }
+            _ => Decision::Nothing,
+        };
+        self.peer_knows = is_verdict && matches!(decision, Decision::Over(_));
+        self.decide(decision);
     }
 
     pub(super) fn unreachable(&mut self, why: String) {
@@ -74,16 +190,51 @@ impl Proxy {
             dialer.note(&why);
         }
         let used = !self.session.is_idle();
+        if !used && self.dialer.is_some() {
+            // Nothing depends on it. What begins now is not to be told on a link that is gone.
+            self.run = None;
+            let decision = self.session.unused_link_lost();
+            return self.decide(decision);
+        }
         self.deferred.push(Event::LinkLost { why, used });
     }
 
     pub(super) fn send_anew(&mut self) {
+        if self.has_passed() {
+            let decision = self.session.lost("the cache does not have the session any more");
+            return self.decide(decision);
+        }
         log::info!("the whole session is sent anew: {} images", self.images.len());
         self.sender.clear(&mut self.bodies);
+        self.finished = None;
+        self.announce_session();
         for (key, image) in self.images.in_order() {
-            self.bodies.hold(image.body);
-            self.sender.push(key.clone(), image, 0, WriteMode::Append);
+            self.sender.push(key.clone(), image, &mut self.bodies);
         }
+        self.flows.clear();
+        let writing = self.conns.iter().filter_map(|(_, conn)| match conn {
+            Conn::Remote(client) => client.writing(),
+            Conn::Pipe(PipeIn { way: Way::Body(inflow), .. }) => Some(inflow),
+            _ => None,
+        });
+        let writing: Vec<_> = writing.map(|inflow| (inflow.key.clone(), inflow.body, inflow.start)).collect();
+        for (key, body, start) in writing {
+            self.opens(&key, body, start);
+            self.grown(&key, body);
+        }
+        self.wake_link();
+    }
+
+    // Scripted: what becomes of the images, if it can be said now.
+    pub(super) fn say_word(&mut self, word: Word) {
+        if self.run.is_none() || !self.session.is_linked() {
+            return self.dial();
+        }
+        let session = self.session_id.to_vec();
+        self.sender.say(match word {
+            Word::Release => Kind::Release(relay::Release { session }),
+            Word::Rollback => Kind::Rollback(relay::Rollback { session }),
+        });
         self.wake_link();
     }
 
@@ -120,23 +271,39 @@ impl Proxy {
             }
         }
         if let Some(address) = self.dialer.as_mut().and_then(|dialer| dialer.due(now)) {
-            let link = Link::connect(address, now).and_then(|link| self.conns.insert(Conn::Link(link)));
-            match link {
+            // What a scripted session has to say can't be said in the seed protocol; and a cache that has said its
+            // welcome to this session is not taken for an old one because it is slow.
+            let relay = self.session.is_scripted() || (self.run.is_some() && !self.session.is_idle());
+            let choice = if relay { Choice::Only(Protocol::Relay) } else { self.policy.choice };
+            let link = Link::connect(address, hello(self.session_id), choice, now);
+            match link.and_then(|link| self.conns.insert(Conn::Link(link))) {
                 Ok(id) => self.link = Some(id),
                 Err(error) => self.unreachable(format!("{address}: {error}")),
             }
         }
-        // Everything is here, and everything has been handed over: the end of the link is the end of the dump.
-        if self.session.is_complete()
-            && self.session.is_linked()
-            && self.sender.is_idle()
-            && let Some(id) = self.link
-            && let Some(Conn::Link(link)) = self.conns.get_mut(id)
-            && !link.is_closing()
-        {
-            link.finish();
-            self.conns.again(id);
-            self.settle(id);
+        // Everything is here, and everything has been handed over.
+        let Some(id) = self.link else { return };
+        if !self.session.is_linked() || !self.sender.is_idle() {
+            return;
+        }
+        let Some(Conn::Link(link)) = self.conns.get_mut(id) else { return };
+        match link.protocol() {
+            // The end of the link is the end of the dump.
+            Some(Protocol::Seed) if self.session.is_complete() && !link.is_closing() => {
+                link.finish();
+                self.conns.again(id);
+                self.settle(id);
+            }
+            Some(Protocol::Relay)
+                if (self.session.is_complete() || self.session.is_held()) && self.finished.is_none() =>
+            {
+                let (images, bytes) = self.sender.sent();
+                self.finished = Some((images, bytes));
+                self.session.asking();
+                self.sender.say(Kind::Finished(relay::Finished { images, bytes }));
+                self.conns.again(id);
+            }
+            _ => {}
         }
     }
 }

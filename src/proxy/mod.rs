@@ -3,8 +3,13 @@
 //! Theory of operation. Clients of the remote dialect pass the fence, then wait in line under the name of
 //! their image: a writer at a time, and readers behind the writers that came before them. The stream
 //! dialect has one connection and a pipe for each image. Either way an image that has reached its end goes
-//! into the catalog and, whole, into the sender's queue. `session` says what an event means for the dump
-//! as a whole. Everything is kept until the session is over: it may have to be sent anew.
+//! into the catalog; its bytes go to the sender as they come. `session` says what an event means for the dump
+//! as a whole.
+//!
+//! What is kept. A dump that CRIU's action script has announced can be made to fail until the cache has
+//! confirmed everything, so that nothing of it need be kept: CRIU's pages go from its pipes straight to the link.
+//! Of any other dump this may be the only copy one day, and unless told otherwise (--retain) everything is kept
+//! until the session is over: it may have to be sent anew.
 //!
 //! Before a link stands nothing is taken from the pipes, so that a dump that is larger than they are waits
 //! for its receiver. Once CRIU has ended, or may have (its inventory.img has been opened), everything is
@@ -13,31 +18,37 @@
 mod link;
 mod outcome;
 mod remote;
+mod scripted;
 mod stream;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mio::Interest;
 
+use crate::client::Door;
+use crate::client::control::Control;
 use crate::client::fence::Fence;
 use crate::client::listener::Listener;
 use crate::client::remote::RemoteClient;
-use crate::client::stream::{Capture, PipeIn};
+use crate::client::stream::{Capture, PipeIn, Way};
 use crate::deferred::Deferred;
 use crate::peer::dialer::Dialer;
 use crate::peer::link::Link;
-use crate::peer::sender::Sender;
-use crate::pump::{Flow, Inflow};
+use crate::peer::sender::{Sender, TransferId};
+use crate::peer::{Choice, Protocol};
+use crate::pump::{Conduit, Flow, Inflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
 use crate::session::{Ask, Dialect, Source};
-use crate::store::{Bodies, Catalog, Waits};
+use crate::store::{Bodies, BodyId, Catalog, Waits};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::WriteMode;
+use crate::wire::relay::{self, Hello, SessionId};
 use crate::{net, pump};
+use scripted::{Announced, Held, Task};
 
 /// How the proxy reaches its cache.
 #[derive(Debug)]
@@ -52,22 +63,78 @@ pub enum Reach {
 #[derive(Debug)]
 pub struct Setup {
     /// Listening sockets and what is spoken there.
-    pub listeners: Vec<(OwnedFd, Dialect)>,
+    pub listeners: Vec<(OwnedFd, Door)>,
     /// The way to the cache.
     pub reach: Reach,
     /// Stay for the next session.
     pub keep: bool,
+    /// What is done with the images, and with the source.
+    pub policy: Policy,
     /// Descriptors that bodies may take.
     pub max_memfds: usize,
     /// Connections and pipes at a time.
     pub max_conns: usize,
 }
 
+/// Whether CRIU's own pages are given to the link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Splice {
+    /// Where nothing can write to them before the cache has them: when the dump is scripted.
+    #[default]
+    Auto,
+    /// In every dump of the stream dialect.
+    Always,
+    /// In none.
+    Never,
+}
+
+/// What is kept of a dump that is not scripted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Retain {
+    /// Everything.
+    #[default]
+    All,
+    /// Everything but page images.
+    Small,
+    /// Nothing that the peer has, or is being given.
+    None,
+}
+
+/// What is done with the images, and with the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// What may be spoken with the cache.
+    pub choice: Choice,
+    /// Whether CRIU's pages go to the link.
+    pub splice: Splice,
+    /// What is kept.
+    pub retain: Retain,
+    /// The source may run on beside its copy.
+    pub leave_running: bool,
+    /// A script may go on although nothing can be confirmed.
+    pub accept_unconfirmed: bool,
+    /// How long a script waits while nothing moves.
+    pub confirm_timeout: Duration,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            choice: Choice::Auto,
+            splice: Splice::Auto,
+            retain: Retain::All,
+            leave_running: false,
+            accept_unconfirmed: false,
+            confirm_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
 /// What the proxy has descriptors of.
 #[derive(Debug)]
 pub enum Conn {
     /// A listening UNIX socket.
-    Local(Listener<Dialect>),
+    Local(Listener<Door>),
     /// A client of the remote dialect.
     Remote(RemoteClient),
     /// A client of the stream dialect.
@@ -76,6 +143,10 @@ pub enum Conn {
     Pipe(PipeIn),
     /// The way to the cache.
     Link(Link),
+    /// CRIU's action script.
+    Control(Control),
+    /// A process that is watched: a CRIU that has announced itself, or a task of the source.
+    Process(Task),
 }
 
 impl Conn {
@@ -86,6 +157,8 @@ impl Conn {
             Self::Capture(conn) => conn,
             Self::Pipe(conn) => conn,
             Self::Link(conn) => conn,
+            Self::Control(conn) => conn,
+            Self::Process(conn) => conn,
         }
     }
 }
@@ -120,12 +193,16 @@ enum Event {
 /// Batches after which that is decided in any case: 64 clients are accepted in each.
 const DEFER_AT_MOST: u16 = 1000;
 
+/// Rollbacks that are owed at most; the oldest is forgotten.
+const OWED: usize = 16;
+
 /// The role.
 #[derive(Debug)]
 pub struct Proxy {
     conns: Conns<Conn>,
     max_conns: usize,
     block: Vec<u8>,
+    conduit: Conduit,
     bodies: Bodies,
     images: Catalog,
     session: Source,
@@ -151,33 +228,63 @@ pub struct Proxy {
     capture: Option<Id>,
     pipes: HashMap<Key, Id>,
 
+    // The transfers of those who write now, by the image.
+    flows: HashMap<Key, TransferId>,
+
+    policy: Policy,
     dialer: Option<Dialer>,
     link: Option<Id>,
     sender: Sender,
+    // Names the session that is in progress, or the next one.
+    session_id: SessionId,
+    // Relay: the run of the cache that has been told of the session; the totals with which it was told that this
+    // is all.
+    run: Option<Vec<u8>>,
+    finished: Option<(u64, u64)>,
+    // Sessions that are over here, while a cache may hold their images and wait for a word: it is told when it is
+    // found again.
+    owed: VecDeque<SessionId>,
+    // Whether what the cache has just said is its word on how the session ends.
+    peer_knows: bool,
+
+    // Scripted sessions: who has announced itself, whose announcement waits for an answer and until when, and
+    // who holds CRIU at post-dump.
+    announced: Vec<Announced>,
+    waiting: Vec<(Id, Instant)>,
+    held: Option<Held>,
+    // The source's tasks that live.
+    tasks: Vec<Id>,
 }
 
 impl Proxy {
     /// A proxy that accepts CRIU and looks for its cache.
     pub fn new(reactor: &Reactor, setup: Setup) -> io::Result<Self> {
         let mut conns = reactor.conns()?;
-        for (fd, dialect) in setup.listeners {
-            conns.insert(Conn::Local(Listener::new(fd, dialect)))?;
+        for (fd, door) in setup.listeners {
+            conns.insert(Conn::Local(Listener::new(fd, door)))?;
         }
-        let mut session = Source::new(setup.keep);
+        let mut policy = setup.policy;
+        if policy.splice == Splice::Always {
+            // What is not kept can't be sent to a peer that takes whole images only.
+            policy.choice = Choice::Only(Protocol::Relay);
+        }
+        let session = Source::new(setup.keep, policy.leave_running);
+        let session_id = net::random_id()?;
         let (dialer, link) = match setup.reach {
             Reach::Dial(mut dialer) => {
                 dialer.start(Instant::now(), false);
                 (Some(dialer), None)
             }
             Reach::Inherited(fd) => {
-                session.link_up();
-                (None, Some(conns.insert(Conn::Link(Link::inherited(fd)))?))
+                let link = Link::inherited(fd, hello(session_id), policy.choice, Instant::now());
+                (None, Some(conns.insert(Conn::Link(link))?))
             }
         };
         Ok(Self {
             conns,
             max_conns: setup.max_conns,
             block: vec![0; pump::BLOCK],
+            conduit: Conduit::default(),
             bodies: Bodies::new(setup.max_memfds),
             images: Catalog::default(),
             session,
@@ -194,10 +301,31 @@ impl Proxy {
             finish: None,
             capture: None,
             pipes: HashMap::new(),
+            flows: HashMap::new(),
+            policy,
             dialer,
             link,
             sender: Sender::default(),
+            session_id,
+            run: None,
+            finished: None,
+            owed: VecDeque::new(),
+            peer_knows: false,
+            announced: Vec::new(),
+            waiting: Vec::new(),
+            held: None,
+            tasks: Vec::new(),
         })
+    }
+
+    fn new_session_id(&mut self) {
+        match net::random_id() {
+            Ok(id) => self.session_id = id,
+            Err(error) => {
+                log::error!("no name can be had for the next session: {error}");
+                self.exit = Some(Exit::Failed);
+            }
+        }
     }
 
     fn settle(&mut self, id: Id) {
@@ -209,7 +337,7 @@ impl Proxy {
     fn accept(&mut self, id: Id) {
         let room = self.max_conns.saturating_sub(self.conns.len());
         let Some(Conn::Local(listener)) = self.conns.get_mut(id) else { return };
-        let dialect = listener.kind();
+        let door = listener.kind();
         let (accepted, flow) = listener.accept(room);
         self.settle(id);
         if flow == Flow::Again {
@@ -218,9 +346,9 @@ impl Proxy {
         }
         for fd in accepted {
             // A CRIU that can't be served is to see that before it has frozen anything.
-            let busy = match dialect {
-                Dialect::Stream => self.has_room_for_dump(),
-                Dialect::Remote => Ok(()),
+            let busy = match door {
+                Door::Criu(Dialect::Stream) => self.has_room_for_dump(),
+                Door::Criu(Dialect::Remote) | Door::Control => Ok(()),
             };
             if let Err(why) = net::check_user(&fd).and(busy.map_err(String::from)) {
                 log::warn!("a client was refused: {why}");
@@ -228,32 +356,60 @@ impl Proxy {
             }
             self.accepted += 1;
             let now = Instant::now();
-            let conn = match dialect {
-                Dialect::Remote => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
-                Dialect::Stream => Conn::Capture(Capture::new(fd, self.accepted, now)),
+            let conn = match door {
+                Door::Criu(Dialect::Remote) => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
+                Door::Criu(Dialect::Stream) => Conn::Capture(Capture::new(fd, self.accepted, now)),
+                Door::Control => Conn::Control(Control::new(fd, now)),
             };
-            if let Err(error) = self.conns.insert(conn) {
-                log::warn!("a client was refused: {error}");
+            match self.conns.insert(conn) {
+                // Its header may be there already.
+                Ok(id) => self.ready(id),
+                Err(error) => log::warn!("a client was refused: {error}"),
             }
         }
     }
 
-    // The image is whole: it can be read, and it is to be sent.
+    // The image is whole.
     fn complete(&mut self, inflow: Inflow) {
-        let Inflow { key, body, start } = inflow;
-        let old = self.images.get(&key);
-        let appended = old.is_some_and(|old| old.body == body);
+        let Inflow { key, body, .. } = inflow;
+        let flow = self.flows.remove(&key);
         let image = self.images.complete(key.clone(), body, &mut self.bodies);
         log::debug!("{key}: {} taken", pump::human(image.len));
-        if appended && image.len == start {
-            // Nothing has changed. (Size 0 would mean that too, but not to an old cache.)
-            return;
+        if let Some(flow) = flow {
+            self.sender.complete(flow, image.len, &mut self.bodies);
         }
-        // A first transfer is an append, as the old proxies have it.
-        let mode = if old.is_some() && !appended { WriteMode::Truncate } else { WriteMode::Append };
-        self.bodies.hold(image.body);
-        self.sender.push(key, image, start, mode);
         self.wake_link();
+        self.check_size(&key, image.len);
+    }
+
+    // Somebody begins to write into this body, behind its first `start` bytes.
+    fn opens(&mut self, key: &Key, body: BodyId, start: u64) {
+        self.bodies.hold(body);
+        // A first transfer is an append, as the old proxies have it.
+        let overwritten = self.images.get(key).is_some_and(|old| old.body != body);
+        let mode = if overwritten { WriteMode::Truncate } else { WriteMode::Append };
+        let flow = self.sender.open(key.clone(), mode, body, start);
+        self.flows.insert(key.clone(), flow);
+    }
+
+    // There is more in the body of an image that is being written.
+    fn grown(&mut self, key: &Key, body: BodyId) {
+        if let Some(flow) = self.flows.get(key) {
+            self.sender.grown(*flow);
+        }
+        self.wake_link();
+        self.check_size(key, self.bodies.len(body));
+    }
+
+    // Both old caches count an image's bytes in an int.
+    fn check_size(&mut self, key: &Key, len: u64) {
+        let old =
+            matches!(self.link.and_then(|id| self.conns.get(id)), Some(Conn::Link(link)) if link.is_old());
+        if old && len > i32::MAX as u64 {
+            self.failed(format!(
+                "{key} has 2 GiB or more, which the old cache can't take (criu-relay cache can)"
+            ));
+        }
     }
 
     // The connection goes, and with it what it was doing. `why`: what was wrong with it.
@@ -273,16 +429,23 @@ impl Proxy {
                 if self.capture == Some(id) {
                     self.capture = None;
                     match why {
-                        Some(why) => self.failed(format!("CRIU {why}")),
+                        Some(why) => {
+                            self.criu_ended();
+                            self.failed(format!("CRIU {why}"));
+                        }
                         None => self.stream_ended(),
                     }
                 }
             }
             Conn::Pipe(pipe) => {
-                self.pipes.remove(&pipe.inflow.key);
-                self.bodies.release(pipe.inflow.body);
-                self.failed(format!("the pipe of {} {}", pipe.inflow.key, why.unwrap_or_default()));
+                self.pipes.remove(&pipe.key);
+                if let Way::Body(inflow) = pipe.way {
+                    self.bodies.release(inflow.body);
+                }
+                self.failed(format!("the pipe of {} {}", pipe.key, why.unwrap_or_default()));
             }
+            Conn::Control(_) => self.script_gone(id, why),
+            Conn::Process(task) => self.process_gone(id, &task, why),
             Conn::Link(_) => self.link_gone(id, why.unwrap_or_default()),
             Conn::Local(_) => {
                 log::error!("a listening socket {}: nobody can connect any more", why.unwrap_or_default());
@@ -291,6 +454,17 @@ impl Proxy {
                 }
             }
         }
+    }
+}
+
+// What is said first on a link.
+fn hello(session: SessionId) -> Hello {
+    Hello {
+        major: relay::MAJOR,
+        minor: relay::MINOR,
+        session: session.to_vec(),
+        commit: relay::COMMIT_STORED,
+        ..Hello::default()
     }
 }
 
@@ -308,6 +482,8 @@ impl Role for Proxy {
             Some(Conn::Capture(_)) => self.step_capture(id),
             Some(Conn::Pipe(_)) => self.step_pipe(id),
             Some(Conn::Link(_)) => self.step_link(id),
+            Some(Conn::Control(_)) => self.step_control(id),
+            Some(Conn::Process(_)) => self.step_process(id),
             None => {}
         }
     }
@@ -323,21 +499,23 @@ impl Role for Proxy {
                 capture.be_patient();
                 self.settle(id);
             }
-            Some(Conn::Remote(_) | Conn::Capture(_)) => {
+            Some(Conn::Remote(_) | Conn::Capture(_) | Conn::Control(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }
             Some(Conn::Link(link)) if link.is_closing() => self.step_link(id),
             Some(Conn::Link(link)) => {
-                let why = format!("{}: no answer", link.name());
-                self.conns.remove(id);
-                self.unreachable(why);
+                let step = link.expired();
+                self.link_stepped(id, step);
             }
-            Some(Conn::Pipe(_)) | None => {}
+            Some(Conn::Pipe(_) | Conn::Process(_)) | None => {}
         }
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        self.dialer.as_ref().and_then(Dialer::wake_at)
+        let scripts = self.waiting.iter().map(|(_, until)| *until);
+        let dialer = self.dialer.as_ref().and_then(Dialer::wake_at);
+        let held = self.held.as_ref().map(|held| held.until);
+        scripts.chain(dialer).chain(held).min()
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
@@ -350,6 +528,7 @@ impl Role for Proxy {
         }
         self.decide_deferred();
         self.tick_link(now);
+        self.tick_scripts(now);
         let draining = self.may_drain();
         if draining && !self.draining {
             let writers = self.conns.iter().filter(|(_, conn)| match conn {

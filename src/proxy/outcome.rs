@@ -2,20 +2,29 @@
 
 use std::time::Instant;
 
-use super::{Conn, Event, Proxy};
+use super::{Conn, Event, OWED, Proxy};
+use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::pump;
 use crate::reactor::Exit;
-use crate::session::{Decision, Dialect};
+use crate::session::{Decision, Dialect, Word};
 use crate::store::{Waits, catalog};
 use crate::wire::Key;
+use crate::wire::relay::{self, Kind};
 
 impl Proxy {
     pub(super) fn session_begins(&mut self) {
-        log::info!(
-            "a dump begins; it is not scripted: it counts as sent when the cache's kernel has it, and the cache \
-             serves it then"
-        );
+        if self.session.is_scripted() {
+            log::info!("a dump begins; it is scripted: CRIU goes on when the cache has confirmed everything");
+        } else {
+            log::info!(
+                "a dump begins; it is not scripted: CRIU kills the process without asking, and the cache serves \
+                 it as soon as it is complete (criu dump --action-script criu-relay makes it wait)"
+            );
+        }
+        if self.session.is_linked() {
+            self.announce_session();
+        }
         // Its time for finding a link begins now.
         self.deferred.retain(|event| !matches!(event, Event::NoLink(_)));
         if !self.session.is_linked()
@@ -52,6 +61,8 @@ impl Proxy {
     pub(super) fn may_be_only_copy(&self) -> bool {
         match self.session.dialect() {
             None => false,
+            // CRIU does nothing before its script has our leave.
+            Some(Dialect::Stream) if self.session.is_scripted() => false,
             Some(Dialect::Stream) => {
                 let inventory = Key::stream(catalog::INVENTORY);
                 self.pipes.contains_key(&inventory) || self.images.get(&inventory).is_some()
@@ -79,6 +90,13 @@ impl Proxy {
             Decision::Nothing => {}
             Decision::Connect => self.dial(),
             Decision::SendAnew => self.send_anew(),
+            Decision::Allow => self.allow(),
+            Decision::Deny(why) => self.deny(&why),
+            Decision::Say(word) => self.say_word(word),
+            Decision::Stay if self.session.is_scripted() => log::warn!(
+                "asked to end, but the cache has to be told what becomes of the images that it holds: it stays until \
+                 then; ask once more to leave that undecided"
+            ),
             Decision::Stay => log::warn!(
                 "asked to end, but this may be the only copy of the process ({} images, {}): it stays until they \
                  are sent; ask once more to drop them",
@@ -90,57 +108,67 @@ impl Proxy {
     }
 
     pub(super) fn over(&mut self, outcome: Result<(), String>) {
+        let scripted = self.session.was_scripted();
+        // Whether the cache knows already: it has just said so.
+        let decided = std::mem::take(&mut self.peer_knows);
         match &outcome {
             Ok(()) => {
                 let (images, bytes) = self.sender.sent();
-                if images > 0 {
-                    let bytes = pump::human(bytes);
-                    log::info!(
+                let (images, bytes) =
+                    (images.max(self.images.len() as u64), pump::human(bytes.max(self.images.bytes())));
+                match (self.run.is_some(), scripted) {
+                    (true, true) => log::info!("{images} images, {bytes}: confirmed and released"),
+                    (true, false) => log::info!("{images} images, {bytes}: confirmed by the cache"),
+                    (false, _) => log::info!(
                         "{images} images, {bytes}: sent, not confirmed (the peer speaks the seed protocol)"
-                    );
+                    ),
                 }
                 if let Some(dialer) = &mut self.dialer {
                     dialer.served();
                 }
             }
             Err(why) if self.images.is_empty() => log::error!("{why}"),
-            Err(why) => log::error!(
-                "{why}; {} images, {}, are dropped",
-                self.images.len(),
-                pump::human(self.images.bytes())
-            ),
-        }
-        if let Some(Conn::Link(link)) = self.link.take().and_then(|id| self.conns.remove(id))
-            && outcome.is_err()
-        {
-            link.reset();
-        }
-        // What has not asked for anything yet, or waits behind the fence, belongs to no session.
-        let capture = self.capture.take();
-        let ours = self.conns.iter().filter(|(id, conn)| match conn {
-            Conn::Capture(_) => Some(*id) == capture,
-            Conn::Remote(client) => client.has_asked() && !self.fence.holds(client.order()),
-            Conn::Pipe(_) => true,
-            Conn::Link(_) | Conn::Local(_) => false,
-        });
-        let ours: Vec<_> = ours.map(|(id, _)| id).collect();
-        self.finish = None;
-        self.writers.clear();
-        self.waits = Waits::default();
-        self.open_writes.clear();
-        self.pipes.clear();
-        for id in ours {
-            let body = match self.conns.remove(id) {
-                Some(Conn::Remote(client)) => client.body(),
-                Some(Conn::Pipe(pipe)) => Some(pipe.inflow.body),
-                _ => None,
-            };
-            if let Some(body) = body {
-                self.bodies.release(body);
+            Err(why) => {
+                let there = match self.link.is_some() && self.run.is_some() && self.finished.is_none() {
+                    true => format!(
+                        " here; the cache had stored {} of them, and drops them",
+                        self.sender.stored()
+                    ),
+                    false => String::new(),
+                };
+                log::error!(
+                    "{why}; {} images, {}, are dropped{there}",
+                    self.images.len(),
+                    pump::human(self.images.bytes())
+                );
             }
         }
+        // A link of the relay protocol stays for the next session, if this one has ended in order.
+        let settled = outcome.is_ok() || decided;
+        if settled && self.run.is_some() {
+            let session = self.session_id.to_vec();
+            self.sender.say(Kind::Settled(relay::Settled { session }));
+            if let Some(id) = self.link {
+                self.step_link(id);
+            }
+        }
+        let stays = self.session.stays() && self.run.is_some() && self.sender.is_idle();
+        if !(stays && settled)
+            && let Some(Conn::Link(link)) = self.link.take().and_then(|id| self.conns.remove(id))
+        {
+            self.run = None;
+            match &outcome {
+                Err(why) if !decided => link.fail(&mut self.sender, why),
+                _ => {}
+            }
+        }
+        // What has not asked for anything yet, or waits behind the fence, belongs to no session.
+        self.drop_criu();
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
+        self.script_over(outcome.as_ref().err());
+        self.finished = None;
+        self.new_session_id();
         self.deferred.retain(|event| matches!(event, Event::Asked(_)));
         let exit = if outcome.is_ok() { Exit::Done } else { Exit::Failed };
         if !self.session.keeps() {
@@ -151,18 +179,49 @@ impl Proxy {
             // Unless a CRIU that waits has ended already.
             self.leaving = Some(exit);
         }
-        self.session.link_lost("the session is over", false);
-        self.dial();
+        if self.link.is_none() {
+            self.session.link_lost("the session is over", false);
+            self.dial();
+        }
         let waiting = self.conns.iter().filter(|(_, conn)| matches!(conn, Conn::Capture(_)));
         for id in waiting.map(|(id, _)| id).collect::<Vec<_>>() {
             self.conns.again(id);
         }
     }
 
+    // Closes what belongs to the session's CRIU. What has not asked for anything yet, or waits behind the fence,
+    // belongs to no session.
+    pub(super) fn drop_criu(&mut self) {
+        let capture = self.capture.take();
+        let ours = self.conns.iter().filter(|(id, conn)| match conn {
+            Conn::Capture(_) => Some(*id) == capture,
+            Conn::Remote(client) => client.has_asked() && !self.fence.holds(client.order()),
+            Conn::Pipe(_) => true,
+            Conn::Link(_) | Conn::Local(_) | Conn::Control(_) | Conn::Process(_) => false,
+        });
+        let ours: Vec<_> = ours.map(|(id, _)| id).collect();
+        self.finish = None;
+        self.writers.clear();
+        self.waits = Waits::default();
+        self.open_writes.clear();
+        self.pipes.clear();
+        self.flows.clear();
+        for id in ours {
+            let body = match self.conns.remove(id) {
+                Some(Conn::Remote(client)) => client.body(),
+                Some(Conn::Pipe(PipeIn { way: Way::Body(inflow), .. })) => Some(inflow.body),
+                _ => None,
+            };
+            if let Some(body) = body {
+                self.bodies.release(body);
+            }
+        }
+    }
+
     // Whether the session that is in progress takes nothing more: what comes belongs to the next.
     pub(super) fn is_ending(&self) -> bool {
         let stream_ended = self.session.dialect() == Some(Dialect::Stream) && self.capture.is_none();
-        self.session.is_complete() || self.finish.is_some() || stream_ended
+        self.session.has_all() || self.finish.is_some() || stream_ended
     }
 
     // Whether what comes waits until then; without a next session there is nothing to wait for.
@@ -186,11 +245,28 @@ impl Proxy {
         }
     }
 
+    pub(super) fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
+        let rolls_back = self.session.word() == Some(Word::Rollback);
+        let decision = self.session.no_link(why, only_copy);
+        if rolls_back && matches!(decision, Decision::Over(_)) {
+            if self.owed.len() == OWED {
+                self.owed.pop_front();
+            }
+            self.owed.push_back(self.session_id);
+        }
+        decision
+    }
+
     fn decide_now(&mut self, event: Event) -> Decision {
         let only_copy = self.may_be_only_copy();
         match event {
             Event::LinkLost { used: false, .. } => self.session.unused_link_lost(),
             Event::LinkLost { why, .. } => {
+                // Unless it may have everything: it will be asked.
+                let ended = self.session.is_complete() || only_copy;
+                if ended && self.has_passed() && self.finished.is_none() {
+                    return self.session.lost(&format!("the link was lost: {why}"));
+                }
                 self.sender.clear(&mut self.bodies);
                 self.session.link_lost(&why, only_copy)
             }
@@ -201,7 +277,7 @@ impl Proxy {
                 }
                 Decision::Nothing
             }
-            Event::NoLink(why) => match self.session.no_link(why, only_copy) {
+            Event::NoLink(why) => match self.no_link(why, only_copy) {
                 // The search that is under way has no end any more.
                 Decision::Connect => Decision::Nothing,
                 other => other,

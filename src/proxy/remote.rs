@@ -5,6 +5,7 @@ use rustix::io::Errno;
 
 use super::{Conn, Proxy};
 use crate::client::remote::{RemoteClient, Step};
+use crate::pump::Outflow;
 use crate::session::{Begun, Dialect};
 use crate::store::catalog;
 use crate::table::Id;
@@ -18,7 +19,12 @@ impl Proxy {
         let order = client.order();
         // Should it have to wait for that, it is to be woken.
         self.draining &= draining;
-        match client.step(&mut self.bodies, &mut self.block, draining) {
+        let step = client.step(&mut self.bodies, &mut self.block, &mut self.conduit, draining);
+        if let (Some(inflow), Ok(Step::Wait | Step::Again)) = (client.writing(), &step) {
+            let (key, body) = (inflow.key.clone(), inflow.body);
+            self.grown(&key, body);
+        }
+        match step {
             Ok(Step::Wait) => {}
             Ok(Step::Again) => self.conns.again(id),
             Ok(Step::Requested) => self.fence.push(order, id),
@@ -71,8 +77,21 @@ impl Proxy {
     }
 
     pub(super) fn start(&mut self, id: Id) {
+        let Some(Conn::Remote(client)) = self.conns.get(id) else { return };
+        let request = client.request().cloned();
+        if let Some(Request::Read(key) | Request::Write(key, WriteMode::Append)) = &request
+            && self.images.get(key).is_some_and(|image| !image.kept)
+        {
+            let why = "was refused: the image has gone to the cache and is not kept here (--retain)";
+            let (key, appends) = (key.clone(), matches!(request, Some(Request::Write(..))));
+            self.close(id, Some(why.into()));
+            if appends {
+                self.failed(format!("nothing can be appended to {key}, which is not kept here (--retain)"));
+            }
+            return;
+        }
         let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
-        let started = match client.request().cloned() {
+        let started = match request {
             Some(Request::Write(key, mode)) => {
                 let appended = self.images.get(&key).filter(|_| mode == WriteMode::Append);
                 let (body, start) = match appended {
@@ -83,12 +102,14 @@ impl Proxy {
                     None => (self.bodies.create(), 0),
                 };
                 self.writers.insert(key.clone(), id);
-                client.start_write(key, body, start, &mut self.bodies)
+                let started = client.start_write(key.clone(), body, start, &mut self.bodies);
+                self.opens(&key, body, start);
+                started
             }
             Some(Request::Read(key)) => match self.images.get(&key) {
                 Some(image) => {
                     self.bodies.hold(image.body);
-                    client.start_read(key, image)
+                    client.start_read(Outflow::new(key, image.body, Some(image.len)))
                 }
                 None => {
                     let answered = client.answer(Errno::NOENT.raw_os_error() as u32);

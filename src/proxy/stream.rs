@@ -1,15 +1,19 @@
 //! The proxy and the stream dialect: one connection, and a pipe for each image.
 
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
-use super::{Conn, Proxy};
-use crate::client::stream::{Captured, PipeIn};
+use super::{Conn, Proxy, Retain, Splice};
+use crate::client::stream::{Captured, PipeIn, Way};
+use crate::peer::sender::Passing;
+use crate::peer::{Choice, Protocol};
 use crate::pump::{FillError, Flow, Inflow};
 use crate::reactor::Pollable;
 use crate::session::Dialect;
+use crate::store::catalog;
 use crate::table::Id;
 use crate::wire::Key;
-use crate::wire::criu::Request;
+use crate::wire::criu::{Request, WriteMode};
 use crate::{net, pump};
 
 impl Proxy {
@@ -38,7 +42,7 @@ impl Proxy {
         }
     }
 
-    fn read_capture(&mut self, id: Id) {
+    pub(super) fn read_capture(&mut self, id: Id) {
         // To the end: whether CRIU is about to finish decides what a lost link or a signal means.
         while let Some(Conn::Capture(capture)) = self.conns.get_mut(id) {
             match capture.step(&mut self.block) {
@@ -98,8 +102,23 @@ impl Proxy {
 
     pub(super) fn open_image(&mut self, id: Id, key: Key, pipe: OwnedFd) {
         if self.capture != Some(id) {
+            let announced = self.is_announced(id);
+            // To an old cache, if that is allowed, it is sent as any other.
+            let seed =
+                self.protocol() == Some(Protocol::Seed) || self.policy.choice == Choice::Only(Protocol::Seed);
+            let scripted = announced && !seed;
+            if announced && !scripted && !self.policy.accept_unconfirmed {
+                let why = "was refused: it has announced itself, and the cache confirms nothing by now";
+                return self.close(id, Some(why.into()));
+            }
             if let Err(why) = self.session.request(Dialect::Stream, true) {
                 return self.close(id, Some(why.into()));
+            }
+            if scripted {
+                self.session.is_announced();
+                if let Some(Conn::Link(link)) = self.link.and_then(|id| self.conns.get_mut(id)) {
+                    link.require_relay();
+                }
             }
             self.capture = Some(id);
             self.session_begins();
@@ -107,13 +126,58 @@ impl Proxy {
         if self.pipes.contains_key(&key) {
             return self.failed(format!("CRIU opened {key} while it was still writing it"));
         }
-        let body = self.bodies.create();
-        let inflow = Inflow { key: key.clone(), body, start: 0 };
-        match self.conns.insert(Conn::Pipe(PipeIn { fd: pipe, inflow, begun: false })) {
+        let pipe_in = PipeIn { fd: Rc::new(pipe), key: key.clone(), way: Way::Open, watched: true };
+        match self.conns.insert(Conn::Pipe(pipe_in)) {
             Ok(pipe) => drop(self.pipes.insert(key, pipe)),
-            Err(error) => {
-                self.bodies.release(body);
-                self.failed(format!("no place for the pipe of {key}: {error}"));
+            Err(error) => self.failed(format!("no place for the pipe of {key}: {error}")),
+        }
+    }
+
+    // What is spoken on the link, if there is one and that is decided.
+    fn protocol(&self) -> Option<Protocol> {
+        match self.conns.get(self.link?) {
+            Some(Conn::Link(link)) => link.protocol(),
+            _ => None,
+        }
+    }
+
+    // How the bytes of an image go to the link without being kept here; None: they are kept.
+    fn passing(&self, key: &Key) -> Option<Passing> {
+        if self.protocol() != Some(Protocol::Relay) {
+            return None;
+        }
+        let scripted = self.session.is_scripted();
+        let kept = match self.policy.retain {
+            _ if scripted => false,
+            Retain::All => true,
+            Retain::Small => !catalog::is_pages(key),
+            Retain::None => false,
+        };
+        match self.policy.splice {
+            Splice::Always => Some(Passing::Splice),
+            Splice::Auto if scripted => Some(Passing::Splice),
+            _ if kept => None,
+            Splice::Auto | Splice::Never => Some(Passing::Copy),
+        }
+    }
+
+    // The first bytes of an image are about to be taken.
+    fn begin_image(&mut self, id: Id, key: &Key) {
+        let passing = self.passing(key);
+        let overwritten = self.images.get(key).is_some();
+        let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) else { return };
+        net::enlarge(pipe.fd());
+        match passing {
+            Some(passing) => {
+                pipe.way = Way::Link;
+                let mode = if overwritten { WriteMode::Truncate } else { WriteMode::Append };
+                let flow = self.sender.open_pipe(key.clone(), mode, Rc::clone(&pipe.fd), passing);
+                self.flows.insert(key.clone(), flow);
+            }
+            None => {
+                let body = self.bodies.create();
+                pipe.way = Way::Body(Inflow { key: key.clone(), body, start: 0 });
+                self.opens(key, body, 0);
             }
         }
     }
@@ -124,34 +188,86 @@ impl Proxy {
             self.draining = false;
             return;
         }
-        let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) else { return };
-        if !std::mem::replace(&mut pipe.begun, true) {
-            net::enlarge(pipe.fd());
+        let Some(Conn::Pipe(pipe)) = self.conns.get(id) else { return };
+        let key = pipe.key.clone();
+        if matches!(pipe.way, Way::Open) {
+            self.begin_image(id, &key);
         }
-        let fill = pump::fill(pipe.fd(), &mut self.bodies, pipe.inflow.body, &mut self.block);
-        match fill {
-            Ok(Flow::Wait) => {}
-            Ok(Flow::Again) => self.conns.again(id),
+        let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) else { return };
+        let Way::Body(inflow) = &pipe.way else {
+            pipe.watched = false;
+            self.settle(id);
+            if let Some(flow) = self.flows.get(&key) {
+                self.sender.grown(*flow);
+            }
+            return self.wake_link();
+        };
+        let body = inflow.body;
+        match pump::fill(pipe.fd(), &mut self.bodies, body, &mut self.block) {
+            Ok(Flow::Wait | Flow::Starved) => self.grown(&key, body),
+            Ok(Flow::Again) => {
+                self.conns.again(id);
+                self.grown(&key, body);
+            }
             Ok(Flow::End) => {
-                let Some(Conn::Pipe(pipe)) = self.conns.remove(id) else { return };
-                self.pipes.remove(&pipe.inflow.key);
-                self.complete(pipe.inflow);
-                self.stream_ended();
+                let Some(Conn::Pipe(PipeIn { way: Way::Body(inflow), .. })) = self.conns.remove(id) else {
+                    return;
+                };
+                self.pipes.remove(&key);
+                self.complete(inflow);
+                self.image_ended();
             }
             Err(error) => {
                 let (doing, error) = match error {
                     FillError::Read(error) => ("read", error),
                     FillError::Store(error) => ("stored", error),
                 };
-                let at = self.bodies.len(pipe.inflow.body);
-                let why = format!("{} can't be {doing} at byte {at}: {error}", pipe.inflow.key);
-                self.failed(why);
+                let at = self.bodies.len(body);
+                self.failed(format!("{key} can't be {doing} at byte {at}: {error}"));
             }
         }
     }
 
+    // What the sender has found at the pipes that it takes from: empty, or at their end.
+    pub(super) fn passed(&mut self) {
+        for key in self.sender.drained() {
+            let Some(id) = self.pipes.get(&key).copied() else { continue };
+            if let Some(Conn::Pipe(pipe)) = self.conns.get_mut(id) {
+                pipe.watched = true;
+                self.settle(id);
+            }
+        }
+        for (key, size) in self.sender.ended() {
+            log::debug!("{key}: {} passed on", pump::human(size));
+            self.flows.remove(&key);
+            if let Some(pipe) = self.pipes.remove(&key) {
+                self.conns.remove(pipe);
+            }
+            self.images.passed(key, size, &mut self.bodies);
+            self.image_ended();
+        }
+    }
+
+    // Whether something of this session has been given to the link and not kept.
+    pub(super) fn has_passed(&self) -> bool {
+        let passes =
+            |id: &Id| matches!(self.conns.get(*id), Some(Conn::Pipe(pipe)) if matches!(pipe.way, Way::Link));
+        self.images.is_partial() || self.pipes.values().any(passes)
+    }
+
+    fn image_ended(&mut self) {
+        self.check_held();
+        self.stream_ended();
+    }
+
     pub(super) fn stream_ended(&mut self) {
         let running = self.session.dialect() == Some(Dialect::Stream);
+        if self.capture.is_none() {
+            self.criu_ended();
+        }
+        if running && self.capture.is_none() && self.is_unanswered() {
+            return self.failed("CRIU ended before its action script was answered".into());
+        }
         if running && self.capture.is_none() && self.pipes.is_empty() {
             let outcome = self.images.check_stream();
             self.ended(outcome);
