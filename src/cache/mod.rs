@@ -8,29 +8,37 @@
 
 mod peer;
 mod readers;
+mod scripted;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use mio::Interest;
+use rustix::io::Errno;
 
+use crate::client::Door;
+use crate::client::control::Control;
 use crate::client::fence::Fence;
 use crate::client::listener::Listener;
 use crate::client::remote::RemoteClient;
 use crate::client::stream::{PipeOut, Serve};
 use crate::deferred::Deferred;
+use crate::peer::Choice;
 use crate::peer::allow::Allowed;
 use crate::peer::receiver::{Parked, Receiver};
-use crate::pump::{Flow, Outflow};
+use crate::peer::relay::RelayPeer;
+use crate::pump::{Conduit, Flow, Outflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
 use crate::session::{Ask, Decision, Dialect, Sink};
-use crate::store::{Bodies, Catalog, Image, Waits};
+use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
+use crate::wire::relay::SessionId;
 use crate::{net, pump};
+use scripted::Criu;
 
 /// TCP connections that may wait for their first frame at a time.
 pub const MAX_PARKED: usize = 16;
@@ -46,6 +54,10 @@ const FAREWELL: u8 = 4;
 /// kernel counts as delivered is a few of them.
 const DEFER_AT_MOST: u16 = 64;
 
+/// How long a cache that has nothing else to do waits for a proxy that may have missed how its session ended: it
+/// finds its way back in a second or two.
+const LINGER: Duration = Duration::from_secs(5);
+
 /// How the peer reaches the cache.
 #[derive(Debug)]
 pub enum Reach {
@@ -59,11 +71,15 @@ pub enum Reach {
 #[derive(Debug)]
 pub struct Setup {
     /// Listening UNIX sockets and what is spoken there.
-    pub listeners: Vec<(OwnedFd, Dialect)>,
+    pub listeners: Vec<(OwnedFd, Door)>,
     /// The way of the peer.
     pub reach: Reach,
     /// Stay for the next session.
     pub keep: bool,
+    /// What may be spoken with the peer.
+    pub choice: Choice,
+    /// Free what a restore has read.
+    pub consume: bool,
     /// Descriptors that bodies may take.
     pub max_memfds: usize,
     /// Connections and pipes at a time.
@@ -73,8 +89,8 @@ pub struct Setup {
 /// What is accepted at a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// CRIU.
-    Local(Dialect),
+    /// CRIU, and its action script.
+    Local(Door),
     /// A proxy.
     Peer,
 }
@@ -92,8 +108,14 @@ pub enum Conn {
     Pipe(PipeOut),
     /// Perhaps a peer.
     Parked(Parked),
-    /// The peer.
+    /// The peer, seed protocol.
     Peer(Receiver),
+    /// Relay protocol: the peer, or one that may become it.
+    Relay(RelayPeer),
+    /// CRIU's action script.
+    Control(Control),
+    /// A CRIU that has announced itself.
+    Criu(Criu),
 }
 
 /// A restore of the stream dialect.
@@ -103,6 +125,9 @@ pub struct Restore {
     /// The session that it is served from, once it has got something of one.
     images: Option<Rc<Catalog>>,
     asked: HashSet<Key>,
+    /// Whether its CRIU has announced itself, by this process id.
+    announced: bool,
+    pid: i32,
 }
 
 impl Conn {
@@ -114,6 +139,9 @@ impl Conn {
             Self::Pipe(conn) => conn,
             Self::Parked(conn) => conn,
             Self::Peer(conn) => conn,
+            Self::Relay(conn) => conn,
+            Self::Control(conn) => conn,
+            Self::Criu(conn) => conn,
         }
     }
 }
@@ -135,7 +163,8 @@ impl Pollable for Conn {
 /// What is known of an image that is asked for.
 #[derive(Clone, Copy, Debug)]
 enum Found {
-    Here(Image),
+    /// It is in this body; None: it is still arriving there.
+    Here(BodyId, Option<u64>),
     NotYet,
     /// It does not exist and never will.
     Never,
@@ -149,6 +178,7 @@ pub struct Cache {
     conns: Conns<Conn>,
     max_conns: usize,
     block: Vec<u8>,
+    conduit: Conduit,
     bodies: Bodies,
     session: Sink,
     exit: Option<Exit>,
@@ -159,9 +189,25 @@ pub struct Cache {
     // Failed, for good: so many batches more, in which whoever has connected already is told.
     failing: Option<u8>,
 
-    // The session that comes in, and the last complete one.
+    // The session that comes in; the one that is stored and waits for its word; the last complete one.
     incoming: Catalog,
+    stored: Option<Rc<Catalog>>,
     last: Option<Rc<Catalog>>,
+    // Of what comes in: the images that have begun, and who reads them already, by their bodies.
+    arriving: HashMap<Key, BodyId>,
+    followers: HashMap<BodyId, Vec<Id>>,
+    // What was said of the last sessions that have been stored: their transfers and bytes.
+    confirmed: VecDeque<(SessionId, u64, u64)>,
+    // A proxy that has not said yet that it knows how this session, the last, has ended: it may have lost its link, and
+    // come back. Since when nothing but that keeps us here.
+    unheard: Option<SessionId>,
+    lingers: Option<Instant>,
+    // Names this run of the cache.
+    run: SessionId,
+    choice: Choice,
+    // What restores have read is freed; these bodies have been opened, and are not whole any more.
+    consume: bool,
+    consumed: HashSet<BodyId>,
 
     accepted: u64,
     fence: Fence,
@@ -179,8 +225,8 @@ impl Cache {
     /// A cache that accepts CRIU and its peer.
     pub fn new(reactor: &Reactor, setup: Setup) -> io::Result<Self> {
         let mut conns = reactor.conns()?;
-        for (fd, dialect) in setup.listeners {
-            conns.insert(Conn::Listener(Listener::new(fd, Kind::Local(dialect))))?;
+        for (fd, door) in setup.listeners {
+            conns.insert(Conn::Listener(Listener::new(fd, Kind::Local(door))))?;
         }
         let mut parked = VecDeque::new();
         let (allowed, inherited) = match setup.reach {
@@ -198,6 +244,7 @@ impl Cache {
             conns,
             max_conns: setup.max_conns,
             block: vec![0; pump::BLOCK],
+            conduit: Conduit::default(),
             bodies: Bodies::new(setup.max_memfds),
             session: Sink::new(setup.keep),
             exit: None,
@@ -205,7 +252,17 @@ impl Cache {
             busy: false,
             failing: None,
             incoming: Catalog::default(),
+            stored: None,
             last: None,
+            arriving: HashMap::new(),
+            followers: HashMap::new(),
+            confirmed: VecDeque::new(),
+            unheard: None,
+            lingers: None,
+            run: net::random_id()?,
+            choice: setup.choice,
+            consume: setup.consume,
+            consumed: HashSet::new(),
             accepted: 0,
             fence: Fence::default(),
             waits: Waits::default(),
@@ -236,18 +293,29 @@ impl Cache {
         for fd in accepted {
             let refused = match kind {
                 Kind::Peer => self.park(fd),
-                Kind::Local(dialect) => net::check_user(&fd).and_then(|()| {
+                Kind::Local(door) => net::check_user(&fd).and_then(|()| {
                     self.accepted += 1;
                     let now = Instant::now();
-                    let conn = match dialect {
-                        Dialect::Remote => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
-                        Dialect::Stream => Conn::Restore(Restore {
-                            serve: Serve::new(fd, now),
-                            images: None,
-                            asked: HashSet::new(),
-                        }),
+                    let conn = match door {
+                        Door::Criu(Dialect::Remote) => {
+                            Conn::Remote(RemoteClient::new(fd, self.accepted, now))
+                        }
+                        Door::Criu(Dialect::Stream) => {
+                            let pid = net::peer_pid(&fd);
+                            Conn::Restore(Restore {
+                                serve: Serve::new(fd, now),
+                                images: None,
+                                asked: HashSet::new(),
+                                announced: self.has_announced(pid),
+                                pid,
+                            })
+                        }
+                        Door::Control => Conn::Control(Control::new(fd, now)),
                     };
-                    self.conns.insert(conn).map(drop).map_err(|error| error.to_string())
+                    let id = self.conns.insert(conn).map_err(|error| error.to_string())?;
+                    // Its header may be there already.
+                    self.ready(id);
+                    Ok(())
                 }),
             };
             if let Err(why) = refused {
@@ -258,11 +326,16 @@ impl Cache {
 
     fn decide(&mut self, decision: Decision) {
         match decision {
-            Decision::Nothing | Decision::Connect | Decision::SendAnew => {}
+            Decision::Nothing
+            | Decision::Connect
+            | Decision::SendAnew
+            | Decision::Allow
+            | Decision::Deny(_)
+            | Decision::Say(_) => {}
             Decision::Stay => log::warn!(
                 "asked to end, but the dump has not been restored ({} images): this may be the only copy of the \
                  process; ask once more to drop it",
-                self.last.as_ref().map_or(0, |images| images.len())
+                self.stored.as_ref().or(self.last.as_ref()).map_or(0, |images| images.len())
             ),
             // When nobody reads any more, it is time to leave.
             Decision::Over(Ok(())) => {}
@@ -272,6 +345,7 @@ impl Cache {
                     images => log::error!("{why}; {images} images that were complete are dropped"),
                 }
                 self.incoming.clear(&mut self.bodies);
+                self.arriving.clear();
                 if !self.session.stays() && !self.session.has_only_copy() {
                     self.failing = Some(FAREWELL);
                 }
@@ -281,6 +355,9 @@ impl Cache {
 
     fn unpin(&mut self, images: Rc<Catalog>) {
         if let Ok(mut images) = Rc::try_unwrap(images) {
+            for (_, image) in images.in_order() {
+                self.consumed.remove(&image.body);
+            }
             images.clear(&mut self.bodies);
         }
     }
@@ -299,7 +376,14 @@ impl Cache {
                     self.exit = Some(Exit::Failed);
                 }
             }
-            Conn::Remote(client) => {
+            Conn::Remote(mut client) => {
+                // A client of a socket may yet change to a pipe, and start again, until it closes.
+                if self.consume
+                    && let Some(out) = client.reading_mut()
+                    && catalog::is_pages(&out.key)
+                {
+                    readers::free(&self.bodies, out, out.at);
+                }
                 match (client.key(), why) {
                     (Some(key), Some(why)) => log::warn!("the reader of {key} {why}"),
                     (None, Some(why)) => log::warn!("a client of img-cache.sock {why}"),
@@ -324,34 +408,38 @@ impl Cache {
                     self.bodies.release(promised.body);
                 }
                 if let Some(images) = restore.images {
-                    self.restore_ended(&images, &restore.asked);
-                    self.unpin(images);
+                    match restore.announced {
+                        // Its script has said so, or will.
+                        true => self.restore_closed(restore.pid, images, restore.asked),
+                        false => {
+                            self.restore_ended(&images, &restore.asked);
+                            self.unpin(images);
+                        }
+                    }
                 }
             }
             Conn::Pipe(PipeOut { outflow, .. }) => {
-                let Outflow { key, body, at, end } = outflow;
-                match why {
-                    Some(why) => log::warn!("the pipe of {key}, at byte {at}, {why}"),
-                    None if at < end => log::debug!("{key}: served up to byte {at} of {end}, CRIU closed it"),
-                    None => log::debug!("{key}: {} served", pump::human(end)),
+                let Outflow { key, body, at, end, .. } = outflow;
+                match (why, end) {
+                    (Some(why), _) => log::warn!("the pipe of {key}, at byte {at}, {why}"),
+                    (None, Some(end)) if at == end => log::debug!("{key}: {} served", pump::human(end)),
+                    (None, _) => log::debug!("{key}: served up to byte {at}, CRIU closed it"),
                 }
                 self.bodies.release(body);
             }
-            Conn::Parked(parked) => {
-                self.parked.retain(|other| *other != id);
-                if let Some(why) = why {
-                    log::warn!("{} {why}", parked.name());
-                }
-                if self.inherited {
-                    log::error!("{} is gone before it had sent anything", parked.name());
-                    self.exit = Some(Exit::Failed);
-                }
-            }
+            Conn::Parked(parked) => self.unpark(id, parked.name(), why),
             Conn::Peer(peer) => {
                 let why = format!("the peer {} {}", peer.name(), why.unwrap_or_default());
                 peer.abandon(&mut self.bodies);
                 self.session_ended(Err(why));
             }
+            Conn::Relay(peer) => self.relay_gone(id, peer, why),
+            Conn::Control(_) => {
+                if let Some(why) = why {
+                    log::warn!("the action script {why}");
+                }
+            }
+            Conn::Criu(criu) => self.criu_gone(criu),
         }
     }
 }
@@ -371,6 +459,9 @@ impl Role for Cache {
             Some(Conn::Pipe(_)) => self.step_pipe(id),
             Some(Conn::Parked(_)) => self.step_parked(id),
             Some(Conn::Peer(_)) => self.step_peer(id),
+            Some(Conn::Relay(_)) => self.step_relay(id),
+            Some(Conn::Control(_)) => self.step_control(id),
+            Some(Conn::Criu(_)) => self.step_criu(id),
             None => {}
         }
     }
@@ -383,18 +474,22 @@ impl Role for Cache {
             }
             // It is we who have not looked.
             Some(Conn::Parked(parked)) if self.session.is_receiving() => parked.be_patient(),
-            Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_)) => {
+            Some(Conn::Relay(peer)) => {
+                peer.acknowledge();
+                self.settle(id);
+            }
+            Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_) | Conn::Control(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }
-            Some(Conn::Pipe(_) | Conn::Peer(_)) | None => {}
+            Some(Conn::Pipe(_) | Conn::Peer(_) | Conn::Criu(_)) | None => {}
         }
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        None
+        self.lingers
     }
 
-    fn after_batch(&mut self, _now: Instant) -> (bool, Option<Exit>) {
+    fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
         self.fence.pass();
         while let Some(id) = self.fence.take() {
             self.run_request(id);
@@ -402,21 +497,25 @@ impl Role for Cache {
         if let Some(batches) = &mut self.failing {
             match batches.checked_sub(1) {
                 Some(less) => *batches = less,
-                None => self.exit = Some(Exit::Failed),
+                None if self.may_leave(now) => self.exit = Some(Exit::Failed),
+                None => {}
             }
         }
         self.decide_asks();
-        let reads = |conn: &Conn| match conn {
+        let is_busy = |conn: &Conn| match conn {
             Conn::Remote(client) => client.is_reading(),
+            Conn::Relay(peer) => !peer.has_said_all(),
             conn => matches!(conn, Conn::Pipe(_)),
         };
         if self.session.is_done()
             && !self.has_waiting_peer()
-            && !self.conns.iter().any(|(_, conn)| reads(conn))
+            && !self.conns.iter().any(|(_, conn)| is_busy(conn))
+            && self.may_leave(now)
         {
             self.exit = self.exit.or(Some(Exit::Done));
         }
-        (self.fence.is_waiting() || self.failing.is_some() || !self.asks.is_empty(), self.exit)
+        let failing = self.failing.is_some() && self.lingers.is_none();
+        (self.fence.is_waiting() || failing || !self.asks.is_empty(), self.exit)
     }
 
     fn terminate(&mut self, signal: Ask) {
@@ -425,6 +524,19 @@ impl Role for Cache {
 }
 
 impl Cache {
+    // Whether the proxy of the last session knows how it ended, or has had its time.
+    fn may_leave(&mut self, now: Instant) -> bool {
+        if self.unheard.is_none() {
+            return true;
+        }
+        let until = *self.lingers.get_or_insert(now + LINGER);
+        if now < until {
+            return false;
+        }
+        log::warn!("the proxy has not said that it knows how its session has ended");
+        true
+    }
+
     // A peer whose whole session is in our socket already has a source that is dead: a signal that comes at the
     // same time is decided when that has been read.
     fn decide_asks(&mut self) {
@@ -440,12 +552,16 @@ impl Cache {
         let decision = self.session.terminate(signal);
         if let Decision::Over(outcome) = &decision {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
-            if let (true, Some(images)) = (only_copy, &self.last) {
+            if let (true, Some(images)) = (only_copy, self.stored.as_ref().or(self.last.as_ref())) {
                 log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
             }
             // So that it does not take our end for a good one.
-            if let Some(Conn::Peer(peer)) = self.peer.take().and_then(|id| self.conns.remove(id)) {
-                peer.abandon(&mut self.bodies);
+            match self.peer.take().and_then(|id| self.conns.remove(id)) {
+                Some(Conn::Peer(peer)) => peer.abandon(&mut self.bodies),
+                Some(Conn::Relay(peer)) => {
+                    peer.abandon(Errno::CANCELED, "a signal has ended the cache", &mut self.bodies);
+                }
+                _ => {}
             }
         }
         self.decide(decision);

@@ -5,11 +5,19 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Instant;
 
-use super::{Cache, Conn, Kind, MAX_PARKED, PARKED_AT_LEAST};
+use rustix::io::Errno;
+
+use super::{Cache, Conn, MAX_PARKED, PARKED_AT_LEAST};
 use crate::peer::receiver::{Arrival, Parked, Shown};
-use crate::pump;
-use crate::store::catalog;
+use crate::peer::relay::{Event, RelayPeer, Turn};
+use crate::reactor::Exit;
+use crate::reactor::Pollable;
+use crate::session::Word;
+use crate::session::sink::{Heard, REMEMBERED};
+use crate::store::{Catalog, catalog};
 use crate::table::Id;
+use crate::wire::relay::{self, Hello, Kind, SessionId, Welcome};
+use crate::{net, pump};
 
 impl Cache {
     pub(super) fn park(&mut self, fd: OwnedFd) -> Result<(), String> {
@@ -21,14 +29,17 @@ impl Cache {
         if !self.allowed.is_empty() && !self.allowed.iter().any(|allowed| allowed.admits(address)) {
             return Err(format!("{address} is not among those that --allow-peer names"));
         }
-        // With --keep the next peer waits its turn: refused, its whole session might be lost in the backlog.
-        if !self.session.takes_peers() || (self.session.is_receiving() && !self.session.stays()) {
+        // With --keep the next peer waits its turn: refused, its whole session might be lost in the backlog. And
+        // a proxy whose session is stored here may have to come back for the outcome.
+        let takes = self.session.takes_peers() || !self.confirmed.is_empty();
+        if !takes || (self.session.is_receiving() && !self.session.stays()) {
             return Err(format!("{address}: this cache has its peer"));
         }
         let now = Instant::now();
         if self.parked.len() >= MAX_PARKED {
             let is_old = |id: &Id| match self.conns.get(*id) {
                 Some(Conn::Parked(parked)) => now >= parked.since() + PARKED_AT_LEAST && parked.is_silent(),
+                Some(Conn::Relay(peer)) => now >= peer.since() + PARKED_AT_LEAST && peer.is_silent(),
                 _ => true,
             };
             // The youngest of those that have had their time: the oldest may be a proxy that waits for its dump.
@@ -43,12 +54,17 @@ impl Cache {
         Ok(())
     }
 
+    fn is_silent(&self, id: Id) -> bool {
+        match self.conns.get(id) {
+            Some(Conn::Parked(parked)) => parked.is_silent(),
+            Some(Conn::Relay(peer)) => peer.is_silent(),
+            _ => true,
+        }
+    }
+
     // Whether somebody who waits for this session to end has sent something.
     pub(super) fn has_waiting_peer(&self) -> bool {
-        self.parked.iter().any(|id| match self.conns.get(*id) {
-            Some(Conn::Parked(parked)) => !parked.is_silent(),
-            _ => false,
-        })
+        self.parked.iter().any(|id| !self.is_silent(*id))
     }
 
     // Looks at those who connected before it first: a proxy's sessions become complete in their order.
@@ -62,13 +78,15 @@ impl Cache {
     }
 
     fn look_at(&mut self, id: Id) {
-        if self.session.is_receiving() {
-            return;
-        }
+        let choice = self.choice;
         let Some(Conn::Parked(parked)) = self.conns.get_mut(id) else { return };
-        match parked.step(&mut self.block) {
+        match parked.step(choice, &mut self.block) {
             Ok(Shown::Nothing) => self.settle(id),
             Ok(Shown::Closed) => self.close(id, None),
+            Ok(Shown::Hello(hello)) => self.greet(id, &hello),
+            Ok(Shown::Wrong(why)) => self.refuse(id, &why),
+            // It waits until the session that is in progress is over.
+            Ok(Shown::Peer) if self.session.is_busy() && self.session.stays() => {}
             Ok(Shown::Peer) => match self.session.peer() {
                 Ok(()) => self.promote(id),
                 Err(why) => self.close(id, Some(why.into())),
@@ -77,25 +95,80 @@ impl Cache {
         }
     }
 
+    // A proxy of ours has said hello.
+    fn greet(&mut self, id: Id, hello: &Hello) {
+        let known = relay::session_id(&hello.session).is_ok_and(|session| {
+            self.session.stored() == Some(session) || self.session.settled(&session).is_some()
+        });
+        if !self.session.takes_peers() && !known {
+            return self.refuse(id, "was refused: this cache has its dump already (--keep takes another)");
+        }
+        let welcome = Welcome {
+            major: relay::MAJOR,
+            minor: relay::MINOR,
+            run: self.run.to_vec(),
+            memory_limit: 0,
+            restore_waits: self.has_waiting_restore(),
+        };
+        self.replace_parked(id, |conn| match conn {
+            Conn::Parked(parked) => Conn::Relay(parked.welcome(welcome)),
+            other => other,
+        });
+    }
+
+    // Tells a proxy of ours why it is not taken, and closes.
+    fn refuse(&mut self, id: Id, why: &str) {
+        match self.conns.remove(id) {
+            Some(Conn::Parked(parked)) => {
+                let name = parked.name().to_string();
+                parked.refuse(&format!("the cache says that this proxy {why}"));
+                self.unpark(id, &name, Some(why.into()));
+            }
+            Some(Conn::Relay(peer)) => {
+                let name = peer.name().to_string();
+                peer.abandon(Errno::BUSY, &format!("this proxy {why}"), &mut self.bodies);
+                self.unpark(id, &name, Some(why.into()));
+            }
+            _ => {}
+        }
+    }
+
+    // Another kind of connection on the same socket; it keeps its place.
+    fn replace_parked(&mut self, id: Id, into: impl FnOnce(Conn) -> Conn) {
+        let Some(conn) = self.conns.remove(id) else { return };
+        match self.conns.insert(into(conn)) {
+            Ok(new) => {
+                self.parked.iter_mut().filter(|other| **other == id).for_each(|other| *other = new);
+                self.conns.again(new);
+            }
+            Err(error) => {
+                self.parked.retain(|other| *other != id);
+                log::warn!("a connection can't be polled: {error}");
+            }
+        }
+    }
+
+    // One that waited is gone.
+    pub(super) fn unpark(&mut self, id: Id, name: &str, why: Option<String>) {
+        self.parked.retain(|other| *other != id);
+        if let Some(why) = why {
+            log::warn!("{name} {why}");
+        }
+        if self.inherited && self.confirmed.is_empty() {
+            log::error!("{name} is gone before it had sent anything");
+            self.exit = Some(Exit::Failed);
+        }
+        if self.inherited && self.session.stored().is_some() {
+            log::error!(
+                "{name} is gone, and with it whoever could release the images: end this cache by two signals"
+            );
+        }
+    }
+
     pub(super) fn promote(&mut self, id: Id) {
         let Some(Conn::Parked(parked)) = self.conns.remove(id) else { return };
         self.parked.retain(|other| *other != id);
-        log::info!(
-            "a dump begins, from {}; it is not scripted: it is served as soon as it is complete",
-            parked.name()
-        );
-        if !self.session.stays() {
-            // With --keep, one that has sent something may have sent a whole session.
-            for other in self.parked.clone() {
-                let silent = match self.conns.get(other) {
-                    Some(Conn::Parked(parked)) => parked.is_silent(),
-                    _ => true,
-                };
-                if silent || !self.session.keeps() {
-                    self.close(other, Some("was refused: another connection is the peer".into()));
-                }
-            }
-        }
+        self.dump_begins(parked.name(), false);
         match self.conns.insert(Conn::Peer(parked.promote())) {
             Ok(id) => {
                 self.peer = Some(id);
@@ -103,6 +176,244 @@ impl Cache {
             }
             Err(error) => self.session_ended(Err(format!("the peer can't be polled: {error}"))),
         }
+    }
+
+    fn dump_begins(&mut self, from: &str, scripted: bool) {
+        let served = match scripted {
+            true => "it is scripted: it is served when its source has released it",
+            false => "it is not scripted: it is served as soon as it is complete",
+        };
+        log::info!("a dump begins, from {from}; {served}");
+        if scripted {
+            // A restore that has not announced itself need not wait for it.
+            self.answer_all();
+        }
+        if !self.session.stays() {
+            // With --keep, one that has sent something may have sent a whole session.
+            for other in self.parked.clone() {
+                if self.is_silent(other) || !self.session.keeps() {
+                    self.close(other, Some("was refused: another connection is the peer".into()));
+                }
+            }
+        }
+    }
+
+    pub(super) fn step_relay(&mut self, id: Id) {
+        let Some(Conn::Relay(peer)) = self.conns.get_mut(id) else { return };
+        if let Some(hello) = peer.offered().cloned() {
+            // Nobody goes away who wants to hear that his images are stored.
+            return match net::has_ended(peer.fd()) {
+                true => self.close(id, Some("closed while its session had to wait".into())),
+                false => self.offered(id, &hello),
+            };
+        }
+        let mut events = Vec::new();
+        let turn =
+            peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut self.conduit, &mut events);
+        for event in events {
+            self.happened(id, event);
+        }
+        match turn {
+            Ok(Turn::Wait) => self.settle(id),
+            Ok(Turn::Again) => {
+                self.busy = true;
+                self.conns.again(id);
+                self.settle(id);
+            }
+            Ok(Turn::End) => {
+                let why = (self.peer == Some(id)).then(|| "closed before the dump was finished".into());
+                self.close(id, why);
+            }
+            Ok(Turn::Fallback) => self.replace_parked(id, |conn| match conn {
+                Conn::Relay(peer) => Conn::Parked(Parked::fallen_back(peer.into_parts())),
+                other => other,
+            }),
+            Err(why) => self.close(id, Some(why)),
+        }
+    }
+
+    fn happened(&mut self, id: Id, event: Event) {
+        match event {
+            Event::Hello(hello) => self.offered(id, &hello),
+            Event::Opened(key, body) => {
+                let waiting =
+                    if catalog::waits_for_the_end(&key) { None } else { Some(self.waits.take(&key)) };
+                self.arriving.insert(key, body);
+                for reader in waiting.into_iter().flatten() {
+                    self.answer(reader);
+                }
+            }
+            Event::Grown(body) => {
+                for follower in self.followers.get(&body).into_iter().flatten() {
+                    self.conns.again(*follower);
+                }
+            }
+            Event::Complete(key, body, end) => {
+                if self.arriving.get(&key) == Some(&body) {
+                    self.arriving.remove(&key);
+                }
+                for follower in self.followers.remove(&body).into_iter().flatten() {
+                    self.complete_for(follower, body, end);
+                }
+                if !catalog::waits_for_the_end(&key) {
+                    for reader in self.waits.take(&key) {
+                        self.answer(reader);
+                    }
+                }
+            }
+            Event::Aborted(key, body) => {
+                if self.arriving.get(&key) == Some(&body) {
+                    self.arriving.remove(&key);
+                }
+                self.abort_followers(body);
+            }
+            Event::Finished(images, bytes) => self.finished(id, images, bytes),
+            Event::Word(session, word) => self.word(id, session, word),
+            Event::Resume(session, run) => {
+                let known = self.confirmed.iter().find(|(known, ..)| *known == session);
+                let answer = match known {
+                    Some((_, images, bytes)) if run == self.run => {
+                        Kind::AllStored(relay::AllStored { images: *images, bytes: *bytes })
+                    }
+                    // Nothing is held of a session that was cut off.
+                    _ => Kind::Holding(relay::Holding { last: true, ..relay::Holding::default() }),
+                };
+                self.say(id, answer);
+            }
+            Event::Settled(session) => {
+                if self.unheard == Some(session) {
+                    self.unheard = None;
+                }
+            }
+            Event::Failed(why) if self.peer == Some(id) => {
+                self.close(id, Some(format!("has failed the dump: {why}")));
+            }
+            Event::Failed(why) => self.close(id, Some(format!("says: {why}"))),
+        }
+    }
+
+    fn say(&mut self, id: Id, kind: Kind) {
+        if let Some(Conn::Relay(peer)) = self.conns.get_mut(id) {
+            peer.say(kind);
+            self.settle(id);
+        }
+    }
+
+    // A session wants to begin.
+    fn offered(&mut self, id: Id, hello: &Hello) {
+        // With --keep it waits until the one that is in progress is over, in the order in which they came.
+        if self.session.is_busy() && self.session.stays() {
+            return self.settle(id);
+        }
+        let settled =
+            relay::session_id(&hello.session).ok().and_then(|session| self.session.settled(&session));
+        if settled.is_some() {
+            return self.refuse(id, "was refused: that session is over");
+        }
+        if let Err(why) = self.session.peer() {
+            return self.refuse(id, why);
+        }
+        let Some(Conn::Relay(peer)) = self.conns.get_mut(id) else { return };
+        peer.accept();
+        let name = peer.name().to_string();
+        self.parked.retain(|other| *other != id);
+        self.peer = Some(id);
+        self.incoming.scripted = hello.scripted;
+        self.dump_begins(&name, hello.scripted);
+        self.conns.again(id);
+    }
+
+    // Everything has come.
+    fn finished(&mut self, id: Id, images: u64, bytes: u64) {
+        let Some(Conn::Relay(peer)) = self.conns.get_mut(id) else { return };
+        let Some(session) = peer.session() else { return };
+        if let Err(why) = self.incoming.check(&self.bodies) {
+            return self.close(id, Some(format!("has finished a dump that is none: {why}")));
+        }
+        peer.settled();
+        self.peer = None;
+        self.parked.push_back(id);
+        if self.confirmed.len() == REMEMBERED {
+            self.confirmed.pop_front();
+        }
+        self.confirmed.push_back((session, images, bytes));
+        self.unheard = Some(session);
+        if self.incoming.scripted {
+            let images = std::mem::take(&mut self.incoming);
+            log::info!(
+                "the dump is stored: {} images, {}; it is served when its source has released it",
+                images.len(),
+                pump::human(images.bytes())
+            );
+            self.session.hold(session);
+            self.stored = Some(Rc::new(images));
+        } else {
+            self.session.taken(session);
+            self.session_ended(Ok(()));
+        }
+        self.say(id, Kind::AllStored(relay::AllStored { images, bytes }));
+        self.wake_parked();
+    }
+
+    // The source has decided about its images.
+    fn word(&mut self, id: Id, session: SessionId, word: Word) {
+        let known = self.session.hear(session, word);
+        let acknowledged = match word {
+            Word::Release => Kind::Released(relay::Released { session: session.to_vec() }),
+            Word::Rollback => Kind::RolledBack(relay::RolledBack { session: session.to_vec() }),
+        };
+        match (known, word) {
+            (Heard::Decides, Word::Release) => {
+                log::info!("released by its source: its images are served now");
+                if let Some(images) = self.stored.take() {
+                    self.publish(images);
+                }
+                let decision = self.session.peer_ended(Ok(()));
+                self.decide(decision);
+                self.answer_all();
+            }
+            (Heard::Decides, Word::Rollback) => {
+                log::warn!("rolled back: the source runs on, its images are dropped");
+                if let Some(images) = self.stored.take() {
+                    self.unpin(images);
+                }
+                self.session_ended(Err("its source has rolled it back and runs on".into()));
+            }
+            (Heard::Again, _) => {}
+            // It is not complete, and perhaps still arriving, on this link or on one that is lost.
+            (Heard::Unknown, Word::Rollback) => {
+                self.say(id, acknowledged);
+                if let Some(peer) = self.peer
+                    && matches!(self.conns.get(peer), Some(Conn::Relay(peer)) if peer.session() == Some(session))
+                {
+                    self.close(peer, Some("has rolled back its dump".into()));
+                }
+                return;
+            }
+            (Heard::Unknown, Word::Release) => {
+                let why = "this cache does not have the images of that session (was it started anew?)";
+                log::error!("a source has released a session that is not known here");
+                let errno = Errno::SRCH.raw_os_error() as u32;
+                return self.say(id, Kind::Error(relay::Error::new(errno, why)));
+            }
+            (Heard::Contradicts, _) => {
+                let why = "the opposite has been said of that session before";
+                log::error!("a source's word is not taken: {why}");
+                let errno = Errno::INVAL.raw_os_error() as u32;
+                return self.say(id, Kind::Error(relay::Error::new(errno, why)));
+            }
+        }
+        self.say(id, acknowledged);
+    }
+
+    pub(super) fn relay_gone(&mut self, id: Id, peer: RelayPeer, why: Option<String>) {
+        let name = peer.name().to_string();
+        if self.peer != Some(id) {
+            return self.unpark(id, &name, why);
+        }
+        let why = why.unwrap_or_default();
+        peer.abandon(Errno::IO, &format!("the session has failed: this proxy {why}"), &mut self.bodies);
+        self.session_ended(Err(format!("the peer {name} {why}")));
     }
 
     pub(super) fn step_peer(&mut self, id: Id) {
@@ -131,35 +442,45 @@ impl Cache {
         }
     }
 
+    // A complete session is there to be served.
+    fn publish(&mut self, images: Rc<Catalog>) {
+        log::info!("the dump is complete: {} images, {}", images.len(), pump::human(images.bytes()));
+        if let Some(old) = self.last.replace(images) {
+            if self.session.has_only_copy() {
+                log::warn!("the dump before it, of {} images, was never restored; it is dropped", old.len());
+            }
+            self.unpin(old);
+        }
+        self.asked.clear();
+    }
+
     pub(super) fn session_ended(&mut self, outcome: Result<(), String>) {
         self.peer = None;
         let failed = outcome.is_err();
         if outcome.is_ok() {
             let images = std::mem::take(&mut self.incoming);
-            log::info!("the dump is complete: {} images, {}", images.len(), pump::human(images.bytes()));
-            if let Some(old) = self.last.replace(Rc::new(images)) {
-                if self.session.has_only_copy() {
-                    log::warn!(
-                        "the dump before it, of {} images, was never restored; it is dropped",
-                        old.len()
-                    );
-                }
-                self.unpin(old);
-            }
-            self.asked.clear();
+            self.publish(Rc::new(images));
         }
         let decision = self.session.peer_ended(outcome);
         self.decide(decision);
-        for reader in self.waits.take_all() {
+        if failed {
+            self.forget_consumed();
+            self.close_early_restores();
+            for body in self.followers.keys().copied().collect::<Vec<_>>() {
+                self.abort_followers(body);
+            }
             // Those who waited for a dump that failed are told so, even if another may come.
-            if failed { self.fail(reader) } else { self.answer(reader) }
+            for reader in self.waits.take_all() {
+                self.fail(reader);
+            }
+        } else {
+            self.answer_all();
         }
-        for parked in self.parked.clone() {
-            self.conns.again(parked);
-        }
-        if self.session.is_full() {
+        self.wake_parked();
+        // A proxy of ours may come back for what it has not heard.
+        if self.session.is_full() && self.confirmed.is_empty() {
             let peers = self.conns.iter().filter(|(_, conn)| match conn {
-                Conn::Listener(listener) => listener.kind() == Kind::Peer,
+                Conn::Listener(listener) => listener.kind() == super::Kind::Peer,
                 conn => matches!(conn, Conn::Parked(_)),
             });
             for id in peers.map(|(id, _)| id).collect::<Vec<_>>() {
@@ -167,6 +488,18 @@ impl Cache {
                 self.conns.remove(id);
             }
             self.parked.clear();
+        }
+    }
+
+    pub(super) fn answer_all(&mut self) {
+        for reader in self.waits.take_all() {
+            self.answer(reader);
+        }
+    }
+
+    fn wake_parked(&mut self) {
+        for parked in self.parked.clone() {
+            self.conns.again(parked);
         }
     }
 }

@@ -1,17 +1,17 @@
 //! The cache and those who read: what they are told, and when.
 
 use std::collections::HashSet;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 
 use super::{Cache, Conn, Found};
 use crate::client::remote::{Step, closed_early};
 use crate::client::stream::{PipeOut, Served};
 use crate::pump;
 use crate::pump::{Flow, Outflow};
-use crate::store::{Catalog, catalog};
+use crate::store::{Bodies, BodyId, Catalog, catalog};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::Request;
@@ -24,7 +24,7 @@ impl Cache {
         let needed = key.snapshot_id.is_empty() && key.name[..] == *catalog::INVENTORY;
         if let Some(images) = images {
             match images.get(key) {
-                Some(image) => return Found::Here(image),
+                Some(image) => return Found::Here(image.body, Some(image.len)),
                 None if needed => return Found::Broken,
                 None if images.has_snapshot(&key.snapshot_id) || !self.session.stays() => {
                     return Found::Never;
@@ -33,9 +33,101 @@ impl Cache {
                 None => {}
             }
         }
-        match self.incoming.get(key) {
-            Some(image) if !catalog::waits_for_the_end(key) => Found::Here(image),
-            _ => Found::NotYet,
+        if catalog::waits_for_the_end(key) {
+            return Found::NotYet;
+        }
+        // What is stored and not released has everything but the image with which a restore begins.
+        let complete = self.stored.as_ref().and_then(|images| images.get(key));
+        match complete.or_else(|| self.incoming.get(key)) {
+            Some(image) => Found::Here(image.body, Some(image.len)),
+            None => self.arriving.get(key).map_or(Found::NotYet, |body| Found::Here(*body, None)),
+        }
+    }
+
+    // With --consume an image is there once: its memory goes while it is read. `begins`: it is read from now on. An
+    // error is why not again.
+    fn opens(&mut self, key: &Key, body: BodyId, begins: bool) -> Result<(), String> {
+        if !self.consume || !catalog::is_pages(key) {
+            return Ok(());
+        }
+        if self.consumed.contains(&body) || (begins && !self.consumed.insert(body)) {
+            return Err(format!(
+                "was refused: {key} has been read before, and with --consume it is not here any more: this \
+                 restore fails, and the dump can't be restored from here again"
+            ));
+        }
+        Ok(())
+    }
+
+    // Whether a restore has succeeded with these images, or another one is at it.
+    fn is_taken(&self, id: Id, images: &Rc<Catalog>) -> bool {
+        let is_at_it = |(other, conn): (Id, &Conn)| match conn {
+            Conn::Restore(restore) if other != id => {
+                restore.images.as_ref().is_some_and(|i| Rc::ptr_eq(i, images))
+            }
+            Conn::Criu(criu) => criu.is_at(images),
+            _ => false,
+        };
+        self.session.is_restored() || self.conns.iter().any(is_at_it)
+    }
+
+    // What was consumed of images that are gone.
+    pub(super) fn forget_consumed(&mut self) {
+        let left: HashSet<_> = [&self.last, &self.stored]
+            .into_iter()
+            .flatten()
+            .flat_map(|images| images.in_order())
+            .map(|(_, image)| image.body)
+            .collect();
+        self.consumed.retain(|body| left.contains(body));
+    }
+
+    // Restores that have read something of a dump before it was complete, which it never will be.
+    pub(super) fn close_early_restores(&mut self) {
+        let early = self.conns.iter().filter(|(_, conn)| match conn {
+            Conn::Restore(restore) => restore.images.is_none() && !restore.asked.is_empty(),
+            _ => false,
+        });
+        for id in early.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.close(id, Some("had to be closed: the dump that it has read from has failed".into()));
+        }
+    }
+
+    // Who reads an image that is still arriving follows it to its end.
+    fn follow(&mut self, id: Id, body: BodyId, end: Option<u64>) {
+        if end.is_none() {
+            self.followers.entry(body).or_default().push(id);
+        }
+    }
+
+    // The image that this one follows is complete.
+    pub(super) fn complete_for(&mut self, id: Id, body: BodyId, end: u64) {
+        let outflow = match self.conns.get_mut(id) {
+            Some(Conn::Remote(client)) => client.reading_mut(),
+            Some(Conn::Restore(restore)) => restore.serve.promised_mut(),
+            Some(Conn::Pipe(pipe)) => Some(&mut pipe.outflow),
+            _ => None,
+        };
+        if let Some(outflow) = outflow.filter(|outflow| outflow.body == body) {
+            outflow.end = Some(end);
+            self.conns.again(id);
+        }
+    }
+
+    // The image will never be complete. CRIU's connection goes before the pipe: what came through the pipe is
+    // not to be taken for the whole image.
+    pub(super) fn abort_followers(&mut self, body: BodyId) {
+        let mut followers = self.followers.remove(&body).unwrap_or_default();
+        if followers.is_empty() {
+            return;
+        }
+        self.close_early_restores();
+        let all = std::mem::take(&mut followers);
+        for id in all {
+            self.close(
+                id,
+                Some("had to be closed: the image that it was reading will never be complete".into()),
+            );
         }
     }
 
@@ -62,20 +154,21 @@ impl Cache {
         let Some(Conn::Remote(client)) = self.conns.get(id) else { return };
         let Some(Request::Read(key)) = client.request().cloned() else { return };
         let found = self.find(self.last.as_ref(), &key);
-        let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
         let failure = match found {
-            Found::Here(image) => {
-                self.bodies.hold(image.body);
+            Found::Here(body, end) => {
+                if let Err(why) = self.opens(&key, body, true) {
+                    return self.close(id, Some(why));
+                }
+                self.bodies.hold(body);
+                self.follow(id, body, end);
                 // With it a restore begins: what another, that failed, had asked for does not count.
                 if key.name[..] == *catalog::INVENTORY {
                     self.asked.clear();
                 }
                 self.asked.insert(key.clone());
-                match client.start_read(key, image) {
-                    Ok(()) => {
-                        self.conns.again(id);
-                        return self.settle(id);
-                    }
+                let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
+                match client.start_read(Outflow::new(key, body, end)) {
+                    Ok(()) => return self.step_remote(id),
                     Err(why) => Some(why),
                 }
             }
@@ -85,6 +178,7 @@ impl Cache {
             }
             Found::Never => {
                 log::debug!("{key}: asked for, does not exist");
+                let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
                 client.answer(Errno::NOENT.raw_os_error() as u32).err()
             }
             Found::Broken => return self.fail(id),
@@ -119,12 +213,21 @@ impl Cache {
     pub(super) fn step_remote(&mut self, id: Id) {
         let Some(Conn::Remote(client)) = self.conns.get_mut(id) else { return };
         let order = client.order();
-        match client.step(&mut self.bodies, &mut self.block, false) {
+        let step = client.step(&mut self.bodies, &mut self.block, &mut self.conduit, false);
+        if self.consume
+            && let Some((pipe, outflow)) = client.piping_mut()
+            && catalog::is_pages(&outflow.key)
+        {
+            free_read(&self.bodies, outflow, pipe);
+        }
+        match step {
             Ok(Step::Wait) => self.settle(id),
             Ok(Step::Again) => {
                 self.conns.again(id);
                 self.settle(id);
             }
+            // What is read here has nothing before it that it could overtake.
+            Ok(Step::Requested) if client.reads() => self.answer_remote(id),
             Ok(Step::Requested) => {
                 self.fence.push(order, id);
                 self.settle(id);
@@ -141,10 +244,18 @@ impl Cache {
             Ok(Served::Request(_)) => self.answer_restore(id),
             Ok(Served::Pipe(pipe)) => {
                 // A pipe that its caller can't poll is closed, which CRIU sees as a short image.
-                let body = pipe.outflow.body;
-                if let Err(error) = self.conns.insert(Conn::Pipe(pipe)) {
+                let (body, end) = (pipe.outflow.body, pipe.outflow.end);
+                if let Err(why) = self.opens(&pipe.outflow.key, body, true) {
                     self.bodies.release(body);
-                    return self.close(id, Some(format!("has sent a pipe that can't be polled: {error}")));
+                    return self.close(id, Some(why));
+                }
+                match self.conns.insert(Conn::Pipe(pipe)) {
+                    Ok(pipe) => self.follow(pipe, body, end),
+                    Err(error) => {
+                        self.bodies.release(body);
+                        return self
+                            .close(id, Some(format!("has sent a pipe that can't be polled: {error}")));
+                    }
                 }
                 self.conns.again(id);
                 self.settle(id);
@@ -157,15 +268,31 @@ impl Cache {
     pub(super) fn answer_restore(&mut self, id: Id) {
         let Some(Conn::Restore(restore)) = self.conns.get(id) else { return };
         let Some(key) = restore.serve.waiting().cloned() else { return };
-        let images = restore.images.clone().or_else(|| self.last.clone());
+        // A scripted session is restored once, by one at a time.
+        let last = self.last.clone().filter(|images| !images.scripted || !self.is_taken(id, images));
+        let images = restore.images.clone().or(last);
+        let scripted = match &images {
+            Some(images) => images.scripted,
+            None => self.stored.is_some() || (self.peer.is_some() && self.incoming.scripted),
+        };
+        if scripted && !restore.announced {
+            let why = "was refused: the session is scripted, and this criu restore needs --action-script criu-relay";
+            return self.close(id, Some(why.into()));
+        }
         let found = self.find(images.as_ref(), &key);
+        if let Found::Here(body, end) = found {
+            if let Err(why) = self.opens(&key, body, false) {
+                return self.close(id, Some(why));
+            }
+            self.follow(id, body, end);
+        }
         let Some(Conn::Restore(restore)) = self.conns.get_mut(id) else { return };
         restore.images = images;
         let answered = match found {
-            Found::Here(image) => {
-                self.bodies.hold(image.body);
+            Found::Here(body, end) => {
+                self.bodies.hold(body);
                 restore.asked.insert(key.clone());
-                restore.serve.found(Outflow { key, body: image.body, at: 0, end: image.len })
+                restore.serve.found(Outflow::new(key, body, end))
             }
             Found::NotYet => {
                 self.waits.push(&key, id);
@@ -188,12 +315,27 @@ impl Cache {
 
     pub(super) fn step_pipe(&mut self, id: Id) {
         let Some(Conn::Pipe(PipeOut { fd, outflow })) = self.conns.get_mut(id) else { return };
-        match pump::drain(&self.bodies, outflow, fd.as_fd()) {
-            Ok(Flow::Wait) => {}
+        let drained = pump::drain(&self.bodies, outflow, fd.as_fd());
+        if self.consume && catalog::is_pages(&outflow.key) {
+            free_read(&self.bodies, outflow, fd.as_fd());
+        }
+        match drained {
+            Ok(Flow::Wait | Flow::Starved) => {}
             Ok(Flow::Again) => self.conns.again(id),
             Ok(Flow::End) => self.close(id, None),
             Err(error) if closed_early(&error) => self.close(id, None),
             Err(error) => self.close(id, Some(format!("can't be written to: {error}"))),
+        }
+    }
+
+    // What is left after a restore that has failed.
+    pub(super) fn what_stays(&self) -> &'static str {
+        let of_last = |images: &Rc<Catalog>| {
+            images.in_order().iter().any(|(_, image)| self.consumed.contains(&image.body))
+        };
+        match !self.last.as_ref().is_some_and(of_last) {
+            true => "all images stay here, start criu restore again",
+            false => "what it had read is not here any more (--consume): it can't be repeated from here",
         }
     }
 
@@ -206,14 +348,28 @@ impl Cache {
         } else {
             log::error!(
                 "the restore has ended before it had asked for everything ({missing} page images were not): it \
-                 failed; all {} images stay here, start criu restore again",
-                images.len()
+                 failed; {}",
+                self.what_stays()
             );
         }
-        let current = self.last.as_ref().is_some_and(|last| Rc::ptr_eq(last, images));
-        if current {
-            let decision = self.session.restore_ended(success);
-            self.decide(decision);
-        }
+        self.decide_restored(images, success);
+    }
+}
+
+// Frees what has left the pipe: until then it is the image's own memory that CRIU reads there.
+fn free_read(bodies: &Bodies, outflow: &mut Outflow, pipe: BorrowedFd<'_>) {
+    let Ok(waiting) = ioctl_fionread(pipe) else { return };
+    let read = outflow.at.saturating_sub(waiting);
+    // Not for every page: the call costs.
+    if read >= outflow.freed + pump::TURN as u64 {
+        free(bodies, outflow, read);
+    }
+}
+
+// Frees the whole pages of an image up to `read`.
+pub(super) fn free(bodies: &Bodies, outflow: &mut Outflow, read: u64) {
+    match bodies.punch(outflow.body, outflow.freed, read) {
+        Ok(to) => outflow.freed = to,
+        Err(error) => log::debug!("{}: its memory can't be freed: {error}", outflow.key),
     }
 }
