@@ -9,6 +9,8 @@ use std::time::Duration;
 use lexopt::prelude::*;
 
 use crate::peer::allow::Allowed;
+use crate::peer::{Choice, Protocol};
+use crate::proxy::{Policy, Retain, Splice};
 
 /// The default TCP port; nothing but ours (the programs of 2017 had it as a constant too).
 pub const PORT: u16 = 9996;
@@ -71,6 +73,53 @@ pub const FLAGS: &[Flag] = &[
         "proxy: how long to look for the cache (default 30, at least 1)",
     ),
     flag(None, "keep", None, "stay for the next session"),
+    flag(
+        None,
+        "peer-protocol",
+        Some("auto|relay|seed"),
+        "what may be spoken on the link: auto (default) falls back to seed, the protocol of 2017, where the other \
+         side is old",
+    ),
+    flag(
+        None,
+        "commit",
+        Some("stored"),
+        "proxy: when a scripted dump lets CRIU kill the source: when the cache has stored everything (the only \
+         choice so far)",
+    ),
+    flag(
+        None,
+        "confirm-timeout",
+        Some("SECONDS"),
+        "proxy: how long CRIU is held by its action script while nothing moves (default 60, at least 1)",
+    ),
+    flag(
+        None,
+        "leave-running",
+        None,
+        "proxy: the source may run on beside its copy, as criu dump --leave-running has it",
+    ),
+    flag(
+        None,
+        "accept-unconfirmed",
+        None,
+        "proxy: let a scripted dump go to an old cache, which confirms nothing",
+    ),
+    flag(
+        None,
+        "splice",
+        Some("auto|always|never"),
+        "proxy: give CRIU's own pages to the link: when the dump is scripted (default), always (unsafe without the \
+         script), never",
+    ),
+    flag(
+        None,
+        "retain",
+        Some("all|small|none"),
+        "proxy: what is kept of a dump that is not scripted, to be sent anew: all (default), all but page images, \
+         nothing",
+    ),
+    flag(None, "consume", None, "cache: free the memory that a restore has read; it can't be repeated then"),
     flag(Some('d'), "daemon", None, "go into the background once the sockets accept"),
     flag(None, "pidfile", Some("FILE"), "write the process id there (relative to the work directory)"),
     flag(None, "status-fd", Some("FD"), "write a NUL byte there once the sockets accept, and close it"),
@@ -128,6 +177,10 @@ pub struct Options {
     pub connect_timeout: Duration,
     /// Stay for the next session.
     pub keep: bool,
+    /// What is done with the images, and with the source; `choice` is the cache's too.
+    pub policy: Policy,
+    /// Free what has been read.
+    pub consume: bool,
     /// Go into the background.
     pub daemon: bool,
     /// This is the process in the background.
@@ -167,6 +220,9 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
     let mut ps_socket = None;
     let mut connect_timeout = Duration::from_secs(30);
     let (mut keep, mut daemon, mut background) = (false, false, false);
+    let mut policy = Policy::default();
+    let mut consume = false;
+    let mut for_proxy = None;
     let mut pidfile = None;
     let mut status_fd = None;
     let mut log_file = None;
@@ -193,6 +249,18 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
                 None => return Err(arg.unexpected()),
             },
         };
+        if matches!(
+            long,
+            "commit"
+                | "confirm-timeout"
+                | "leave-running"
+                | "accept-unconfirmed"
+                | "splice"
+                | "retain"
+                | "connect-timeout"
+        ) {
+            for_proxy = Some(long);
+        }
         match long {
             "images-dir" => images_dirs.push(PathBuf::from(parser.value()?)),
             "work-dir" => work_dir = Some(PathBuf::from(parser.value()?)),
@@ -205,6 +273,30 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
                 seconds => connect_timeout = Duration::from_secs(seconds.into()),
             },
             "keep" => keep = true,
+            "peer-protocol" => {
+                let choices = [
+                    ("auto", Choice::Auto),
+                    ("relay", Choice::Only(Protocol::Relay)),
+                    ("seed", Choice::Only(Protocol::Seed)),
+                ];
+                policy.choice = choose(long, &parser.value()?, &choices)?;
+            }
+            "commit" => choose(long, &parser.value()?, &[("stored", ())])?,
+            "confirm-timeout" => match parser.value()?.parse::<u32>()? {
+                0 => return Err("--confirm-timeout is 1 second at least".into()),
+                seconds => policy.confirm_timeout = Duration::from_secs(seconds.into()),
+            },
+            "leave-running" => policy.leave_running = true,
+            "accept-unconfirmed" => policy.accept_unconfirmed = true,
+            "splice" => {
+                let choices = [("auto", Splice::Auto), ("always", Splice::Always), ("never", Splice::Never)];
+                policy.splice = choose(long, &parser.value()?, &choices)?;
+            }
+            "retain" => {
+                let choices = [("all", Retain::All), ("small", Retain::Small), ("none", Retain::None)];
+                policy.retain = choose(long, &parser.value()?, &choices)?;
+            }
+            "consume" => consume = true,
             "daemon" => daemon = true,
             "pidfile" => pidfile = Some(PathBuf::from(parser.value()?)),
             "status-fd" => status_fd = Some(descriptor(&parser.value()?)?),
@@ -220,6 +312,15 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
     let Some(verb) = verb else { return Err("proxy or cache has to be named".into()) };
     if verb == Verb::Proxy && !allow_peer.is_empty() {
         return Err("--allow-peer is for the cache: the proxy connects itself".into());
+    }
+    if let (Verb::Cache, Some(long)) = (verb, for_proxy) {
+        return Err(format!("--{long} is for the proxy").into());
+    }
+    if verb == Verb::Proxy && consume {
+        return Err("--consume is for the cache".into());
+    }
+    if policy.splice == Splice::Always && policy.choice == Choice::Only(Protocol::Seed) {
+        return Err("--splice always needs the relay protocol, which --peer-protocol seed rules out".into());
     }
     if verb == Verb::Proxy && port == 0 {
         return Err("--port 0 is for the cache: the proxy has to know where to connect".into());
@@ -253,6 +354,8 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
         ps_socket,
         connect_timeout,
         keep,
+        policy,
+        consume,
         daemon,
         background,
         pidfile,
@@ -260,6 +363,16 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
         log_file,
         verbosity,
     })))
+}
+
+fn choose<T: Copy>(long: &str, value: &OsString, choices: &[(&str, T)]) -> Result<T, lexopt::Error> {
+    match choices.iter().find(|(name, _)| value.to_str() == Some(name)) {
+        Some((_, choice)) => Ok(*choice),
+        None => {
+            let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
+            Err(format!("--{long} is {}, not '{}'", names.join(" or "), value.display()).into())
+        }
+    }
 }
 
 fn descriptor(value: &OsString) -> Result<i32, lexopt::Error> {
@@ -388,9 +501,14 @@ mod tests {
             let value = match flag.long {
                 "allow-peer" => "any",
                 "address" => "host",
+                "peer-protocol" => "relay",
+                "commit" => "stored",
+                "splice" => "never",
+                "retain" => "small",
                 _ => "3",
             };
-            let mut args = vec!["cache".to_string(), format!("--{}", flag.long)];
+            let verb = if matches!(flag.long, "allow-peer" | "consume") { "cache" } else { "proxy" };
+            let mut args = vec![verb.to_string(), format!("--{}", flag.long)];
             match flag.value {
                 Some("[N]") | None => {}
                 Some(_) => args.push(value.into()),

@@ -12,11 +12,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 use crate::cli::{BACKGROUND, Options, Verb};
+use crate::client::Door;
 use crate::peer::dialer::Dialer;
 use crate::reactor::{Exit, Reactor};
 use crate::session::Dialect;
 use crate::sockets::{self, Sockets};
-use crate::{cache, proxy};
+use crate::{cache, proxy, script};
 
 /// Descriptors kept back for what is neither a body nor a connection: the log, the poll, a descriptor that
 /// is just being received.
@@ -61,8 +62,9 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
     let mut remote_dirs = options.images_dirs.clone();
     remote_dirs.push(options.work_dir.clone());
     let listeners = vec![
-        (files.place(&remote_dirs, remote)?, Dialect::Remote),
-        (files.place(&options.images_dirs, stream)?, Dialect::Stream),
+        (files.place(&remote_dirs, remote)?, Door::Criu(Dialect::Remote)),
+        (files.place(&options.images_dirs, stream)?, Door::Criu(Dialect::Stream)),
+        (files.place(&options.images_dirs, script::socket_name(options.verb))?, Door::Control),
     ];
     let wrong = |error: io::Error| format!("{} can't be started: {error}", options.verb.name());
     let exit = match options.verb {
@@ -74,7 +76,8 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
                     proxy::Reach::Dial(Dialer::new(addresses, options.connect_timeout))
                 }
             };
-            let setup = proxy::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
+            let (keep, policy) = (options.keep, options.policy.clone());
+            let setup = proxy::Setup { listeners, reach, keep, policy, max_memfds, max_conns };
             let mut role = proxy::Proxy::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, None, status)?;
             let exit = reactor.run(&mut role);
@@ -91,7 +94,8 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
                     (cache::Reach::Listen(fd, options.allow_peer.clone()), port)
                 }
             };
-            let setup = cache::Setup { listeners, reach, keep: options.keep, max_memfds, max_conns };
+            let (keep, choice, consume) = (options.keep, options.policy.choice, options.consume);
+            let setup = cache::Setup { listeners, reach, keep, choice, consume, max_memfds, max_conns };
             let mut role = cache::Cache::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, port, status)?;
             let exit = reactor.run(&mut role);

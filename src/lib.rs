@@ -17,6 +17,7 @@ pub mod peer;
 pub mod proxy;
 pub mod pump;
 pub mod reactor;
+pub mod script;
 pub mod session;
 pub mod sockets;
 pub mod store;

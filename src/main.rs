@@ -8,8 +8,19 @@ use std::process::ExitCode;
 use criu_relay::cli::{self, Command};
 use criu_relay::daemon;
 use criu_relay::reactor::Exit;
+use criu_relay::script;
 
 fn main() -> ExitCode {
+    // CRIU's action scripts get no argument.
+    if std::env::args_os().len() <= 1
+        && let Some(action) = std::env::var_os("CRTOOLS_SCRIPT_ACTION")
+    {
+        let (dir, pid) = (std::env::var_os("CRTOOLS_IMAGE_DIR"), std::env::var_os("CRTOOLS_INIT_PID"));
+        return match script::run(&action, dir.as_deref(), pid.as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(why) => complain(&why, 1),
+        };
+    }
     match cli::parse(std::env::args_os().skip(1)) {
         Ok(Command::Print(text)) => match std::io::stdout().write_all(text.as_bytes()) {
             Ok(()) => ExitCode::SUCCESS,
