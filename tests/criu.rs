@@ -10,7 +10,7 @@ mod harness;
 use std::process::Command;
 use std::time::Duration;
 
-use harness::{Answer, Bench, Daemon, Netns, PATIENCE, Process, ThreadWatch, free_port, wait_for};
+use harness::{Answer, Bench, Daemon, Netns, PATIENCE, Process, Restore, ThreadWatch, free_port, wait_for};
 use rustix::process::Signal;
 
 /// Both daemons with their link, and a workload that is well.
@@ -25,9 +25,13 @@ struct Migration {
 
 impl Migration {
     fn new(test: &str, workload: &[&str], cache: &[&str]) -> Option<Self> {
+        Self::with(test, workload, cache, &[])
+    }
+
+    fn with(test: &str, workload: &[&str], cache: &[&str], proxy: &[&str]) -> Option<Self> {
         let bench = Bench::new(test)?;
         let cache = bench.cache(cache);
-        let mut proxy = bench.proxy(cache.port, &[]);
+        let mut proxy = bench.proxy(cache.port, proxy);
         proxy.logs("connected to");
         let workload = bench.workload(workload);
         let before = bench.ask();
@@ -138,7 +142,7 @@ fn a_restore_whose_pid_is_taken() {
     let Some(mut m) = Migration::new("a_restore_whose_pid_is_taken", &[], &[]) else { return };
     m.dump();
     assert_eq!(m.proxy.process.end(), 0, "the proxy");
-    assert_eq!(m.bench.restore_with_taken(m.before.pid).process.end(), 1, "criu restore");
+    assert_eq!(m.bench.restore_with_taken(m.before.pid, &[]).process.end(), 1, "criu restore");
     m.cache.logs("it failed; all");
     let _copy = m.bench.restore();
     m.check_copy();
@@ -261,4 +265,208 @@ fn a_signal_while_the_proxy_has_the_only_copy() {
     m.proxy.process.signal(Signal::TERM);
     assert_eq!(m.proxy.process.end(), 1, "the proxy");
     assert!(m.proxy.has_logged(", are dropped"));
+}
+
+// --- Scripted: with --action-script criu-relay on both sides.
+
+const SCRIPT: [&str; 2] = ["--action-script", env!("CARGO_BIN_EXE_criu-relay")];
+
+/// A migration whose restore waits already.
+struct Scripted {
+    copy: Restore,
+    m: Migration,
+}
+
+impl Scripted {
+    fn new(test: &str, workload: &[&str], proxy: &[&str]) -> Option<Self> {
+        let m = Migration::with(test, workload, &[], proxy)?;
+        let copy = m.bench.restore_with(&SCRIPT);
+        let mut this = Self { copy, m };
+        this.m.cache.logs("a restore has announced itself");
+        this.m.cache.serves();
+        Some(this)
+    }
+
+    /// `criu dump` with these arguments, to its end.
+    fn dump(&self, args: &[&str]) -> i32 {
+        self.m.bench.dump_with(&self.m.workload, args).end()
+    }
+
+    /// The source runs on, and the restore has never begun.
+    fn check_rolled_back(&mut self, told: bool) {
+        assert_ne!(self.copy.process.end(), 0, "criu restore");
+        assert_eq!(self.m.proxy.process.end(), 1, "the proxy");
+        if told {
+            assert_eq!(self.m.cache.process.end(), 1, "the cache");
+            assert!(self.m.cache.has_logged("rolled back") || self.m.cache.has_logged("has failed the dump"));
+        }
+        assert!(!self.m.cache.has_logged("released by"));
+        let log = self.m.cache.log();
+        assert!(!log.lines().any(|line| line.ends_with(" served")), "the restore got an image");
+        let after = self.m.bench.ask();
+        assert_eq!((after.pid, self.m.workload.ended()), (self.m.before.pid, None), "the source runs on");
+        assert_eq!(after.processes, self.m.before.processes);
+    }
+}
+
+#[test]
+fn a_scripted_migration() {
+    let Some(mut s) = Scripted::new("a_scripted_migration", &["--tree", "--heap", "16"], &[]) else { return };
+    assert_eq!(s.dump(&SCRIPT), 0, "criu dump");
+    assert_eq!(s.m.workload.end(), -9, "CRIU kills what it has dumped");
+    s.m.check_copy();
+    s.m.check_exits();
+    assert_eq!(s.copy.process.ended(), None);
+    assert!(s.m.proxy.has_logged("(4 processes)") && s.m.proxy.has_logged("confirmed and released"));
+    assert!(s.m.cache.has_logged("the restore has succeeded: its action script says so"));
+    assert_eq!(s.m.bench.images_on_disk(), 0);
+}
+
+#[test]
+fn a_scripted_restore_whose_pid_is_taken() {
+    let test = "a_scripted_restore_whose_pid_is_taken";
+    let Some(mut m) = Migration::new(test, &["--tree"], &[]) else { return };
+    assert_eq!(m.bench.dump_with(&m.workload, &SCRIPT).end(), 0, "criu dump");
+    assert_eq!(m.workload.end(), -9);
+    assert_eq!(m.proxy.process.end(), 0, "the proxy");
+    assert_ne!(m.bench.restore_with_taken(m.before.pid, &SCRIPT).process.end(), 0, "criu restore");
+    m.cache.logs("its CRIU ended without a word of its action script");
+    // Without the script it is refused, and that changes nothing.
+    assert_ne!(m.bench.restore().process.end(), 0, "criu restore without its script");
+    m.cache.logs("this criu restore needs --action-script criu-relay");
+    let _copy = m.bench.restore_with(&SCRIPT);
+    m.check_copy();
+    assert_eq!(m.cache.process.end(), 0, "the cache");
+}
+
+#[test]
+fn a_cache_that_is_killed_half_way() {
+    let test = "a_cache_that_is_killed_half_way";
+    let Some(mut s) = Scripted::new(test, &["--tree", "--heap", "64"], &["--connect-timeout", "1"]) else {
+        return;
+    };
+    s.m.cache.process.signal(Signal::STOP);
+    let mut dump = s.m.bench.dump_with(&s.m.workload, &SCRIPT);
+    is_blocked(&mut dump);
+    s.m.cache.process.signal(Signal::KILL);
+    assert_ne!(dump.end(), 0, "criu dump");
+    s.check_rolled_back(false);
+    assert!(s.m.proxy.has_logged("the link was lost"));
+}
+
+#[test]
+fn a_cache_that_is_killed_at_post_dump() {
+    let test = "a_cache_that_is_killed_at_post_dump";
+    let Some(mut s) = Scripted::new(test, &["--tree"], &["--connect-timeout", "1"]) else { return };
+    s.m.cache.process.signal(Signal::STOP);
+    let mut dump = s.m.bench.dump_with(&s.m.workload, &SCRIPT);
+    s.m.proxy.logs("CRIU is held until the cache has confirmed everything");
+    assert_eq!(dump.ended(), None);
+    s.m.cache.process.signal(Signal::KILL);
+    assert_ne!(dump.end(), 0, "criu dump");
+    s.check_rolled_back(false);
+}
+
+#[test]
+fn criu_dump_is_killed_at_post_dump() {
+    for (n, ours_first) in [true, false].into_iter().enumerate() {
+        let test = format!("criu_dump_is_killed_at_post_dump-{n}");
+        let Some(mut s) = Scripted::new(&test, &["--tree"], &[]) else { return };
+        let killer = s.m.bench.script("killer", "kill -KILL $PPID").display().to_string();
+        let killer = ["--action-script", &killer];
+        // The first on the command line runs last.
+        let scripts = if ours_first { [killer, SCRIPT] } else { [SCRIPT, killer] };
+        assert_eq!(s.dump(&scripts.concat()), -9, "criu dump");
+        s.check_rolled_back(true);
+        assert_eq!(s.m.cache.has_logged("rolled back"), ours_first);
+    }
+}
+
+#[test]
+fn another_script_fails() {
+    for (n, ours_first) in [true, false].into_iter().enumerate() {
+        let test = format!("another_script_fails-{n}");
+        let Some(mut s) = Scripted::new(&test, &["--tree"], &[]) else { return };
+        let failing = s.m.bench.script("failing", "exit 1").display().to_string();
+        let failing = ["--action-script", &failing];
+        let scripts = if ours_first { [failing, SCRIPT] } else { [SCRIPT, failing] };
+        assert!(s.dump(&scripts.concat()) > 0, "criu dump");
+        s.check_rolled_back(true);
+        assert!(s.m.cache.has_logged("rolled back"));
+    }
+}
+
+#[test]
+fn left_running_without_leave() {
+    let Some(mut s) = Scripted::new("left_running_without_leave", &["--tree"], &[]) else { return };
+    assert_eq!(s.dump(&[&SCRIPT[..], &["--leave-running"]].concat()), 0, "criu dump");
+    s.check_rolled_back(true);
+    assert!(s.m.cache.has_logged("rolled back"));
+    assert!(s.m.proxy.has_logged("the source was not killed"));
+}
+
+#[test]
+fn left_running_with_leave() {
+    let test = "left_running_with_leave";
+    let Some(mut s) = Scripted::new(test, &["--tree"], &["--leave-running"]) else { return };
+    assert_eq!(s.dump(&[&SCRIPT[..], &["--leave-running"]].concat()), 0, "criu dump");
+    s.m.check_exits();
+    assert_eq!(s.m.workload.ended(), None, "the source runs on");
+    // Both answer in the same place: one is enough.
+    s.m.workload.signal(Signal::KILL);
+    assert_eq!(s.m.workload.end(), -9);
+    s.m.check_copy();
+    assert_eq!(s.copy.process.ended(), None);
+}
+
+// A source that is left running scribbles over its memory while what was dumped is still in the sockets. What the
+// copy says of its memory.
+fn scribbled(test: &str, proxy: &[&str], scripted: bool) -> Option<String> {
+    let mut m = Migration::with(test, &["--heap", "1"], &[], proxy)?;
+    m.cache.process.signal(Signal::STOP);
+    let args = if scripted { &SCRIPT[..] } else { &[] };
+    let mut dump = m.bench.dump_with(&m.workload, &[args, &["--leave-running"]].concat());
+    if scripted {
+        m.proxy.logs("CRIU is held until the cache has confirmed everything");
+        m.proxy.logs("inventory.img");
+        assert_eq!(dump.ended(), None, "the source stands still");
+        m.cache.process.signal(Signal::CONT);
+        assert_eq!(dump.end(), 0, "criu dump");
+        m.bench.scribble();
+    } else {
+        assert_eq!(dump.end(), 0, "criu dump");
+        m.bench.scribble();
+        m.cache.process.signal(Signal::CONT);
+    }
+    assert_eq!(m.proxy.process.end(), 0, "the proxy");
+    assert_eq!(m.bench.ask_for_text(), "bad heap in process 0 of the tree\n");
+    m.workload.signal(Signal::KILL);
+    assert_eq!(m.workload.end(), -9);
+    let _copy = m.bench.restore_with(args);
+    let said = m.bench.ask_for_text();
+    assert_eq!(m.cache.process.end(), 0, "the cache");
+    Some(said)
+}
+
+#[test]
+fn what_is_dumped_does_not_change() {
+    let cases: [(&str, &[&str], bool); 4] = [
+        ("scripted", &["--leave-running"], true),
+        ("scripted-always", &["--leave-running", "--splice", "always"], true),
+        ("auto", &[], false),
+        ("never", &["--splice", "never", "--retain", "none"], false),
+    ];
+    for (name, proxy, scripted) in cases {
+        let Some(said) = scribbled(&format!("what_is_dumped_does_not_change-{name}"), proxy, scripted) else {
+            return;
+        };
+        assert!(said.starts_with("ok "), "{name}: {said}");
+    }
+}
+
+#[test]
+fn what_is_dumped_changes_with_splice_always_and_no_script() {
+    let test = "what_is_dumped_changes_with_splice_always_and_no_script";
+    let Some(said) = scribbled(test, &["--splice", "always"], false) else { return };
+    assert_eq!(said, "bad heap in process 0 of the tree\n");
 }

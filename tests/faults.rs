@@ -16,7 +16,7 @@ use rustix::process::Signal;
 /// A proxy with a link, and a dump of which an image has been taken.
 fn half_way() -> (Daemon, Dump, TcpListener, std::net::TcpStream) {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let (link, _) = listener.accept().unwrap();
     let mut dump = Dump::connect(&proxy);
     dump.write("pages-1.img", &pattern(1000, 1));
@@ -59,7 +59,7 @@ fn a_signal_comes_while_criu_ends() {
 fn the_search_ends_while_criu_ends() {
     let (listener, port) = old_listener();
     drop(listener);
-    let mut proxy = Daemon::proxy(port, &["--connect-timeout", "1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--connect-timeout", "1"]);
     let mut dump = Dump::connect(&proxy);
     let pages = dump.open("pages-1.img");
     proxy.wait_log("a dump begins");
@@ -79,7 +79,7 @@ fn the_search_ends_while_criu_ends() {
 #[test]
 fn a_cache_that_is_slow_loses_no_session() {
     let mut cache = Daemon::cache(&["--keep"]);
-    let mut proxy = Daemon::proxy(cache.port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(cache.port, &["--keep"]);
     proxy.wait_log("connected to");
     cache.stop();
     for (times, n) in [(1, "first"), (2, "second")] {
@@ -109,11 +109,11 @@ fn sessions_follow_one_another_at_once() {
         dump.write("pages-1.img", &pattern(20_000, n as u32));
         dump.end();
         if n == 50 {
-            proxy.wait_log_times("sent, not confirmed", n + 1);
+            proxy.wait_log_times("confirmed by the cache", n + 1);
             descriptors = (proxy.descriptors(), cache.descriptors());
         }
     }
-    proxy.wait_log_times("sent, not confirmed", SESSIONS);
+    proxy.wait_log_times("confirmed by the cache", SESSIONS);
     cache.wait_log_times("the dump is complete", SESSIONS);
     let mut restore = Restore::connect(&cache);
     assert!(restore.read("inventory.img").is_some());
@@ -129,7 +129,7 @@ fn sessions_follow_one_another_at_once() {
 #[test]
 fn a_whole_remote_dump_may_come_while_the_last_is_delivered() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--keep"]);
     let (link, _) = listener.accept().unwrap();
     let socket = proxy.dir.join("img-proxy.sock");
     let list = key("null", "parent");
@@ -156,7 +156,7 @@ fn a_whole_remote_dump_may_come_while_the_last_is_delivered() {
 #[test]
 fn a_finish_and_the_next_dump_at_the_same_moment() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--keep"]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let socket = proxy.dir.join("img-proxy.sock");
@@ -186,7 +186,7 @@ fn a_finish_and_the_next_dump_at_the_same_moment() {
 #[test]
 fn without_keep_nobody_waits_for_a_session_that_never_comes() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let (mut first, mut second) = (Dump::connect(&proxy), Dump::connect(&proxy));
@@ -206,7 +206,7 @@ fn without_keep_nobody_waits_for_a_session_that_never_comes() {
 #[test]
 fn a_dump_that_waits_and_has_ended_is_not_left_behind() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--keep"]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let mut first = Dump::connect(&proxy);
@@ -228,7 +228,7 @@ fn a_dump_that_waits_and_has_ended_is_not_left_behind() {
 #[test]
 fn a_lost_link_is_not_taken_for_the_next() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--keep"]);
     let (link, _) = listener.accept().unwrap();
     let mut dump = Dump::connect(&proxy);
     dump.write("pages-1.img", &pattern(1000, 1));
@@ -257,7 +257,7 @@ fn many_connections_and_a_signal() {
     // More than a batch accepts, left behind by a CRIU that has ended with success.
     const IMAGES: usize = 1000;
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["-v1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["-v1"]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let socket = proxy.dir.join("img-proxy.sock");
@@ -323,7 +323,7 @@ fn a_cache_asked_to_go_does_not_leave_what_came_meanwhile() {
 #[test]
 fn nobody_waits_frozen_behind_a_dump_that_has_no_cache() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--keep"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--keep"]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let mut dump = Dump::connect(&proxy);
@@ -352,7 +352,7 @@ fn a_criu_that_has_asked_for_nothing_belongs_to_no_session() {
     // Both connect, before either has begun.
     let (one, mut two) = (Dump::connect(&proxy), Dump::connect(&proxy));
     one.end();
-    proxy.wait_log("sent, not confirmed");
+    proxy.wait_log("confirmed by the cache");
     two.write("pages-1.img", b"of the second");
     two.end();
     cache.wait_log_times("the dump is complete", 2);
@@ -361,7 +361,7 @@ fn a_criu_that_has_asked_for_nothing_belongs_to_no_session() {
 #[test]
 fn the_last_dump_of_a_series_fails_in_time_without_a_link() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["--connect-timeout", "1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--connect-timeout", "1"]);
     let (link, _) = listener.accept().unwrap();
     let socket = proxy.dir.join("img-proxy.sock");
     let list = key("null", "parent");
@@ -402,7 +402,7 @@ fn after_a_failed_dump_the_next_may_come() {
     write_remote(&socket, &list, WriteMode::Append, &id_list(&["/e"]));
     write_remote(&socket, &key("/e", "inventory.img"), WriteMode::Truncate, b"x");
     dump_finish(&socket, Style::Y2017);
-    proxy.wait_log("sent, not confirmed");
+    proxy.wait_log("confirmed by the cache");
     let mut bad = open_remote(&socket, &key("/f", "pages-1.img"), Some(WriteMode::Truncate));
     bad.write_all(b"data").unwrap();
     proxy.wait_log_times("a dump begins", 4);
@@ -410,7 +410,7 @@ fn after_a_failed_dump_the_next_may_come() {
     let _ = send_with(&bad, b"x", &[std::os::fd::AsFd::as_fd(&reader)]);
     proxy.wait_log_times("the dump failed", 3);
     Dump::connect(&proxy).end();
-    proxy.wait_log_times("sent, not confirmed", 2);
+    proxy.wait_log_times("confirmed by the cache", 2);
 }
 
 #[test]
@@ -511,7 +511,7 @@ fn waiting_costs_no_time() {
     read_answer(&mut slow).unwrap();
     cache.wait_log("big of snapshot /e: 976.6 KiB received");
     let (listener, port) = old_listener();
-    let proxy = Daemon::proxy(port, &[]);
+    let proxy = Daemon::seed_proxy(port, &[]);
     let (_link, _) = listener.accept().unwrap();
     // The peer reads nothing: the proxy looks at its send queue until it does.
     let mut dump = Dump::connect(&proxy);

@@ -249,7 +249,7 @@ fn large_images_beyond_the_descriptors_share_one_file() {
 #[test]
 fn a_client_that_stalls_in_its_header_is_closed() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let cache = std::thread::spawn(move || old_cache(listener.accept().unwrap().0));
     let began = Instant::now();
     // Silent, half-way, and half-way into a later request of the stream dialect.

@@ -108,6 +108,8 @@ fn sections_stand_in_their_order() {
         "REMOTE DIALECT",
         "STREAM DIALECT",
         "SEED PROTOCOL",
+        "RELAY PROTOCOL",
+        "CONTROL SOCKET",
         "SESSIONS ON THE CACHE",
         "ORDER OF OPERATIONS",
         "PROTOCOL ERRORS",

@@ -13,7 +13,7 @@ const TIMES: usize = 1000;
 // The proxy has a link, so that it takes what writers send; nobody reads there until the end.
 fn proxy() -> (Daemon, PathBuf, std::net::TcpListener) {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &["-v1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["-v1"]);
     proxy.wait_log("connected to");
     let socket = proxy.dir.join("img-proxy.sock");
     (proxy, socket, listener)

@@ -30,7 +30,7 @@ type Received = (HashMap<Key, Vec<u8>>, LinkEnd);
 fn with_old_cache() -> (Daemon, JoinHandle<Received>) {
     let (listener, port) = old_listener();
     let cache = std::thread::spawn(move || old_cache(listener.accept().unwrap().0));
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     proxy.wait_log("connected to");
     (proxy, cache)
 }
@@ -317,7 +317,7 @@ fn a_lost_peer_is_an_error_for_whoever_waits() {
 #[test]
 fn a_proxy_whose_peer_vanishes_fails_the_dump() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let (link, _) = listener.accept().unwrap();
     drop(listener);
     proxy.wait_log("connected to");

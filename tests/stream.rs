@@ -34,7 +34,7 @@ fn interleaved_pipes_and_a_restore_in_another_order() {
     drop(pipes);
     dump.end();
     assert_eq!(proxy.wait(), 0, "{}", proxy.log());
-    assert!(proxy.log().contains("sent, not confirmed"));
+    assert!(proxy.log().contains("confirmed by the cache"));
 
     assert_eq!(restore.answer(), Some(true));
     let mut inventory = Vec::new();
@@ -109,7 +109,7 @@ fn an_aborted_dump_fails_the_waiting_restore() {
 fn an_aborted_dump_resets_the_link() {
     let (listener, port) = old_listener();
     let cache = std::thread::spawn(move || old_cache(listener.accept().unwrap().0));
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let mut dump = Dump::connect(&proxy);
     dump.write("core-1.img", b"the core");
     // An inventory that is still open when the connection closes, and is finished: a good dump...
@@ -126,7 +126,7 @@ fn an_aborted_dump_resets_the_link() {
     for without in ["inventory.img", "pstree.img"] {
         let (listener, port) = old_listener();
         let cache = std::thread::spawn(move || old_cache(listener.accept().unwrap().0));
-        let mut proxy = Daemon::proxy(port, &[]);
+        let mut proxy = Daemon::seed_proxy(port, &[]);
         let mut dump = Dump::connect(&proxy);
         for name in ["core-1.img", "inventory.img", "pstree.img"] {
             if name != without {
@@ -223,7 +223,7 @@ fn the_last_session_is_kept_until_the_next_is_complete() {
         let mut dump = Dump::connect(&proxy);
         generation(&mut dump, n);
         dump.end();
-        proxy.wait_log_times("sent, not confirmed", times);
+        proxy.wait_log_times("confirmed by the cache", times);
         cache.wait_log_times("the dump is complete", times);
         for _ in 0..2 {
             let mut restore = Restore::connect(&cache);
@@ -246,7 +246,7 @@ fn the_last_session_is_kept_until_the_next_is_complete() {
     assert!(other.read("inventory.img").is_some());
     assert_eq!(other.read("pages-1.img"), Some(b"four".to_vec()));
     drop(other);
-    proxy.wait_log_times("sent, not confirmed", 3);
+    proxy.wait_log_times("confirmed by the cache", 3);
     assert_eq!(restore.read("pages-1.img"), Some(b"two".to_vec()));
     drop(restore);
     assert_eq!(proxy.terminate(), 0, "{}", proxy.log());
@@ -257,7 +257,7 @@ fn the_last_session_is_kept_until_the_next_is_complete() {
 fn nothing_is_drained_before_there_is_a_link() {
     let (listener, port) = old_listener();
     drop(listener);
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let mut dump = Dump::connect(&proxy);
     let mut pages = dump.open("pages-1.img");
     proxy.wait_log("a dump begins");
@@ -287,7 +287,7 @@ fn nothing_is_drained_before_there_is_a_link() {
 fn without_a_cache_the_dump_fails_in_time() {
     let (listener, port) = old_listener();
     drop(listener);
-    let mut proxy = Daemon::proxy(port, &["--connect-timeout", "1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--connect-timeout", "1"]);
     let mut dump = Dump::connect(&proxy);
     let mut pages = dump.open("pages-1.img");
     // More than the pipe takes: blocks until the proxy closes it.
@@ -301,7 +301,7 @@ fn without_a_cache_the_dump_fails_in_time() {
 fn the_only_copy_stays_until_it_is_delivered() {
     let (listener, port) = old_listener();
     drop(listener);
-    let mut proxy = Daemon::proxy(port, &["--connect-timeout", "1"]);
+    let mut proxy = Daemon::seed_proxy(port, &["--connect-timeout", "1"]);
     // Small: it fits the pipes, so that CRIU ends it, and kills the process, with no cache anywhere.
     let mut dump = Dump::connect(&proxy);
     dump.write("pages-1.img", b"all there is");
@@ -325,7 +325,7 @@ fn the_only_copy_stays_until_it_is_delivered() {
 #[test]
 fn a_peer_that_shuts_its_half_has_not_read_everything() {
     let (listener, port) = old_listener();
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let mut dump = Dump::connect(&proxy);
@@ -342,7 +342,7 @@ fn a_peer_that_shuts_its_half_has_not_read_everything() {
     assert_eq!(proxy.wait(), 0);
 
     // The same when the proxy has shut its own half already: nothing but the acknowledgement counts.
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     let (link, _) = listener.accept().unwrap();
     proxy.wait_log("connected to");
     let mut dump = Dump::connect(&proxy);
@@ -399,7 +399,7 @@ fn a_daemon_asked_to_go_leaves_when_its_work_is_done() {
 fn the_only_copy_is_dropped_at_the_second_signal() {
     let (listener, port) = old_listener();
     drop(listener);
-    let mut proxy = Daemon::proxy(port, &[]);
+    let mut proxy = Daemon::seed_proxy(port, &[]);
     Dump::connect(&proxy).end();
     proxy.wait_log("this may be the only copy");
     proxy.signal(Signal::TERM);

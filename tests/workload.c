@@ -9,6 +9,9 @@
  *
  *     ok counter=N pid=P procs=K uts=NAME      or      bad WHAT
  *
+ * When DIR/scribble appears, it is removed, the root's heap is overwritten, which is wrong from then on, and
+ * DIR/scribbled appears.
+ *
  * Files in DIR are opened only for that moment: none is open when CRIU comes, unless by bad luck.
  * Standard input, output and error are the caller's business (give it /dev/null).
  *
@@ -409,6 +412,18 @@ static void put(const char *name, const char *format, ...)
 		rename(temporary, to);
 }
 
+/* What CRIU has dumped must not change any more, whatever this process does. */
+static void scribble(void)
+{
+	char path[PATH_MAX + 20];
+
+	snprintf(path, sizeof(path), "%s/scribble", dir);
+	if (uptime % 10 || unlink(path))
+		return;
+	memset(heap, 0xff, heap_pages * PAGE);
+	put("scribbled", "\n");
+}
+
 /* The root's tick: takes questions from DIR and puts the answers there. */
 static void serve(void)
 {
@@ -565,8 +580,10 @@ int main(int argc, char **argv)
 
 	for (;;) {
 		tick();
-		if (me == ROOT)
+		if (me == ROOT) {
+			scribble();
 			serve();
+		}
 		answer_question();
 	}
 }

@@ -4,6 +4,9 @@
 
 #![allow(dead_code)] // Each test file uses its part.
 
+pub mod relay;
+pub mod script;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, IoSlice, PipeReader, PipeWriter, Read, Write};
@@ -86,9 +89,25 @@ impl Daemon {
         Self::start(dir, command, args)
     }
 
+    /// One where another has been.
+    pub fn cache_at(dir: Dir, port: u16, args: &[&str]) -> Self {
+        let mut command = Command::new(binary());
+        command.args(["cache", "--port", &port.to_string()]);
+        let mut cache = Self::start(dir, command, args);
+        cache.port = port;
+        cache
+    }
+
     /// `criu-relay proxy` for a cache at `port`, ready.
     pub fn proxy(port: u16, args: &[&str]) -> Self {
         Self::proxy_in(Dir::new(), port, args)
+    }
+
+    /// The same, told that the cache is an old one: it does not spend 2 s on finding that out.
+    pub fn seed_proxy(port: u16, args: &[&str]) -> Self {
+        let mut all = vec!["--peer-protocol", "seed"];
+        all.extend(args);
+        Self::proxy(port, &all)
     }
 
     pub fn proxy_in(dir: Dir, port: u16, args: &[&str]) -> Self {
@@ -103,11 +122,13 @@ impl Daemon {
         let file = File::create(&log).unwrap();
         command.args(["-v3", "-D"]).arg(&dir.0).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
+        let chosen = command.get_args().collect::<Vec<_>>().windows(2).any(|pair| pair == ["--port", "0"]);
         let mut child = command.spawn().unwrap();
         let mut out = child.stdout.take().unwrap();
         let mut daemon = Self { child, dir, port: 0, log };
         daemon.wait_log("is ready in");
-        if !daemon.log().contains("listening at") {
+        // It prints the port only where the kernel has chosen it.
+        if !chosen || !daemon.log().contains("listening at") {
             return daemon;
         }
         let mut line = Vec::new();
@@ -171,7 +192,8 @@ impl Daemon {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    fn status(&self, field: &str) -> String {
+    /// A field of /proc/PID/status.
+    pub fn status(&self, field: &str) -> String {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with(field)).unwrap();
         line.split_whitespace().nth(1).unwrap().to_string()
@@ -361,10 +383,15 @@ impl Dump {
 
     /// Opens an image: a request, then a byte with the pipe's read end.
     pub fn open(&mut self, name: &str) -> PipeWriter {
+        self.try_open(name).unwrap()
+    }
+
+    /// The same where the proxy may have closed.
+    pub fn try_open(&mut self, name: &str) -> io::Result<PipeWriter> {
         let (reader, writer) = io::pipe().unwrap();
-        self.0.write_all(&criu::encode_streamer_request(name.as_bytes())).unwrap();
-        send_with(&self.0, b"\0", &[reader.as_fd()]).unwrap();
-        writer
+        self.0.write_all(&criu::encode_streamer_request(name.as_bytes()))?;
+        send_with(&self.0, b"\0", &[reader.as_fd()])?;
+        Ok(writer)
     }
 
     pub fn write(&mut self, name: &str, bytes: &[u8]) {
@@ -437,7 +464,11 @@ pub fn old_cache(mut link: TcpStream) -> (HashMap<Key, Vec<u8>>, LinkEnd) {
     loop {
         let body = match read_object(&mut link) {
             Ok(body) => body,
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return (images, LinkEnd::InOrder),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                // What ours begin with: to an old cache an image that nobody asks for.
+                images.remove(&Key::stream(*b".criu-relay"));
+                return (images, LinkEnd::InOrder);
+            }
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return (images, LinkEnd::Reset),
             Err(error) => panic!("{error}"),
         };

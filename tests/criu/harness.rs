@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -299,12 +299,10 @@ impl Bench {
     pub fn cache(&self, args: &[&str]) -> Daemon {
         let mut cache = self.daemon(Host::Target, "cache", 0, args);
         let printed = self.dir.join(format!("{}-stdout.log", self.started.get()));
-        let printed = fs::read_to_string(printed).expect("what the cache prints can be read");
-        let port = printed
-            .strip_suffix('\n')
-            .and_then(|line| line.rsplit_once(':'))
-            .and_then(|(_, p)| p.parse().ok());
-        cache.port = port.unwrap_or_else(|| panic!("the cache has printed {printed:?}"));
+        cache.port = wait_for("port that the cache prints", PATIENCE, || {
+            let printed = fs::read_to_string(&printed).expect("what the cache prints can be read");
+            printed.strip_suffix('\n')?.rsplit_once(':')?.1.parse().ok()
+        });
         cache
     }
 
@@ -331,16 +329,48 @@ impl Bench {
 
     /// Has the workload check everything, wherever it is.
     pub fn ask(&self) -> Answer {
-        let [ask, answer] = ["ask", "answer"].map(|name| self.dir.join("app").join(name));
-        let _ = fs::remove_file(&answer);
-        File::create_new(&ask).expect("a question can be put");
-        let text = wait_for("answer of the workload", PATIENCE, || fs::read_to_string(&answer).ok());
+        let text = self.ask_for_text();
         let field = |name: &str| {
             let value = text.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
             value.and_then(|value| value.parse::<u64>().ok()).unwrap_or_else(|| panic!("it answers {text:?}"))
         };
         assert!(text.starts_with("ok "), "it answers {text:?}");
         Answer { counter: field("counter"), pid: field("pid") as u32, processes: field("procs") as u32 }
+    }
+
+    /// The same, whatever it says.
+    pub fn ask_for_text(&self) -> String {
+        let [ask, answer] = ["ask", "answer"].map(|name| self.dir.join("app").join(name));
+        let _ = fs::remove_file(&answer);
+        File::create_new(&ask).expect("a question can be put");
+        wait_for("answer of the workload", PATIENCE, || fs::read_to_string(&answer).ok())
+    }
+
+    /// Has the workload overwrite its memory.
+    pub fn scribble(&self) {
+        let [wish, done] = ["scribble", "scribbled"].map(|name| self.dir.join("app").join(name));
+        File::create_new(&wish).expect("a wish can be made");
+        wait_for("workload that has scribbled", PATIENCE, || done.exists().then_some(()));
+    }
+
+    /// An action script, which does this at `post-dump`.
+    pub fn script(&self, name: &str, at_post_dump: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        let text =
+            format!("#!/bin/sh\ncase $CRTOOLS_SCRIPT_ACTION in post-dump) {at_post_dump} ;; esac\nexit 0\n");
+        let mut file = fs::OpenOptions::new();
+        let mut file =
+            file.write(true).create_new(true).mode(0o700).open(&path).expect("a script can be made");
+        file.write_all(text.as_bytes()).expect("a script can be written");
+        path
+    }
+
+    /// Images in the directories of both hosts.
+    pub fn images_on_disk(&self) -> usize {
+        let dirs =
+            [Host::Source, Host::Target].map(|host| fs::read_dir(self.dir(host)).expect("it can be read"));
+        let paths = dirs.into_iter().flatten().flatten().map(|entry| entry.path());
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "img")).count()
     }
 
     fn criu_output(&self, command: &mut Command, name: &str) -> Process {
@@ -351,9 +381,14 @@ impl Bench {
 
     /// `criu dump`
     pub fn dump(&self, workload: &Process) -> Process {
+        self.dump_with(workload, &[])
+    }
+
+    /// `criu dump` with more arguments.
+    pub fn dump_with(&self, workload: &Process, args: &[&str]) -> Process {
         let mut command = self.command(Host::Source, &self.programs.criu);
         command.args(["dump", "--stream", "-v4", "-o", "dump.log", "-t", &workload.pid().to_string(), "-D"]);
-        self.criu_output(command.arg(self.dir(Host::Source)), "dump")
+        self.criu_output(command.arg(self.dir(Host::Source)).args(args), "dump")
     }
 
     fn in_pid_namespace(&self) -> Command {
@@ -364,18 +399,24 @@ impl Bench {
 
     /// `criu restore`
     pub fn restore(&self) -> Restore {
+        self.restore_with(&[])
+    }
+
+    /// `criu restore` with more arguments.
+    pub fn restore_with(&self, args: &[&str]) -> Restore {
         let mut command = self.in_pid_namespace();
         command.arg(&self.programs.criu).args(["restore", "--stream", "-v4", "-o", "restore.log", "-D"]);
-        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)), "restore") }
+        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)).args(args), "restore") }
     }
 
     /// `criu restore` where somebody else has this PID.
-    pub fn restore_with_taken(&self, pid: u32) -> Restore {
+    pub fn restore_with_taken(&self, pid: u32, args: &[&str]) -> Restore {
         let script = "echo $(($1 - 1)) >/proc/sys/kernel/ns_last_pid; sleep 60 & [ $! = $1 ] || exit 99
-            $2 restore --stream -v4 -o restore.log -D $3; status=$?; kill $!; exit $status";
+            criu=$2 dir=$3; shift 3
+            \"$criu\" restore --stream -v4 -o restore.log -D \"$dir\" \"$@\"; status=$?; kill $!; exit $status";
         let mut command = self.in_pid_namespace();
         command.args(["sh", "-c", script, "sh", &pid.to_string()]).arg(&self.programs.criu);
-        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)), "restore") }
+        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)).args(args), "restore") }
     }
 }
 
