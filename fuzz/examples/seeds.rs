@@ -5,16 +5,19 @@ use std::{fs, io, path::Path};
 
 use criu_relay::wire::Key;
 use criu_relay::wire::criu::{self, SnapshotIdEntry, Transfer, WriteMode};
-use criu_relay::wire::frame;
+use criu_relay::wire::{frame, relay};
+use prost::Message;
 
 /// File names with their bytes.
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
 fn main() -> io::Result<()> {
-    let all: [(&str, Seeds); 5] = [
+    let all: [(&str, Seeds); 7] = [
         ("headers", headers()),
         ("seed", seed()),
         ("dialects", dialects()),
+        ("control", control()),
+        ("relay", relay()),
         ("session", session()),
         ("store", store()),
     ];
@@ -90,22 +93,114 @@ fn dialects() -> Seeds {
     ]
 }
 
-fn session() -> Seeds {
-    // Events of the source; 16 is its first argument: the remote dialect, success, the only copy.
-    let (request, ended, failed, up, lost, no_link, delivered) = (0, 2, 3, 4, 5, 6, 7);
-    let (yes, term, hangup) = (16, 15 + 32, 15 + 32 + 64);
+fn control() -> Seeds {
+    // Version, action and number of processes; what is received, and with how many descriptors.
+    let request = |version: u8, action: u8, tasks: u8| [1, version, action, tasks, 0];
+    let (all, with_criu, batch, anew, byte) = ([2, 0], [3, 0, 1], [4], [5], [0, 1, 0]);
+    let join = |parts: &[&[u8]]| parts.concat();
     vec![
-        ("good", vec![0, up, request, ended + yes, delivered]),
+        ("announce", join(&[&request(0, 0, 0), &with_criu, &anew, &request(3, 1, 0), &[2, 5], &with_criu])),
+        ("post-dump", join(&[&request(0, 2, 3), &with_criu, &byte, &[3, 0, 3]])),
+        ("batches", join(&[&[1, 0, 2, 251, 0], &with_criu, &batch, &byte, &[3, 0, 1], &byte, &all])),
+        ("many", join(&[&[1, 0, 2, 255, 3], &with_criu, &batch, &batch, &batch, &batch, &batch])),
+        ("short-batch", join(&[&request(0, 2, 250), &with_criu, &byte, &[3, 0, 249]])),
+        (
+            "no-criu",
+            join(&[&request(0, 2, 1), &all, &request(0, 2, 1), &[3, 4, 1], &request(0, 2, 1), &[3, 0, 2]]),
+        ),
+        ("glued", join(&[&request(0, 4, 0), &byte, &with_criu])),
+        ("versions", join(&[&request(1, 2, 0), &with_criu, &request(2, 2, 0), &with_criu])),
+        ("unknown", join(&[&request(0, 5, 0), &with_criu, &request(0, 8, 0), &with_criu])),
+        ("limit", join(&[&request(9, 2, 0), &with_criu, &request(9, 2, 1), &with_criu, &batch])),
+        ("replies", join(&[&[7, 5, 1, 0, 3], b"why", &[7, 0, 0, 0, 0], &[7, 1, 255, 3, 4], b"a\xc3\xa4b"])),
+        ("reply", join(&[&[6, 7, 8, 5, 18, 3], b"why"])),
+    ]
+}
+
+fn relay() -> Seeds {
+    // The cuts, and what is moved past the decoder; then operations.
+    let (whole, cut, moved) = ([0, 0], [2, 3, 1, 0], [1, 7, 1, 5]);
+    let join = |parts: &[&[u8]]| parts.concat();
+    let open = |id: u8, mode: u8| [3, id, 0, mode, 1, 0, 4, b'd', b'/', b'a', b'b'];
+    let data = |id: u8, times: u8| [4, id, 0, times, 3, b'a', b'b', b'c'];
+    let say = |which: u8, n: u8| [5, which, 0, n, 0, 2, b'i', b'd'];
+    let all: Vec<u8> = (0..21).flat_map(|which| say(which, 3)).collect();
+    let session = [5, 8, 0, 0, 0, 16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+    // The longest names that are taken: 39 times 210 bytes, of which half is the name.
+    let longest = join(&[&[3, 1, 0, 0, 39, 0, 210], &[b'n'; 210]]);
+    let hello = relay::Hello { major: 1, minor: 9, session: vec![7; 16], ..relay::Hello::default() };
+    let payload = hello.encode_to_vec();
+    vec![
+        ("session", join(&[&cut, &session, &open(1, 1), &data(1, 0), &data(1, 7), &say(0, 1), &say(3, 1)])),
+        (
+            "interleaved",
+            join(&[&moved, &open(1, 1), &open(2, 0), &data(1, 1), &data(2, 2), &say(0, 1), &data(2, 0)]),
+        ),
+        ("moved", join(&[&[2, 5, 2], &[2, 3, 0], &data(9, 7), &say(20, 9), &data(9, 0)])),
+        ("kinds", join(&[&cut, &all])),
+        (
+            "newer",
+            join(&[&cut, &[6, 0, 3, 1, 2, 3], &[6, 5, 2, 8, 1], &[6, 2, 0], &[6, 200, 1, 9], &say(7, 1)]),
+        ),
+        ("longest", join(&[&whole, &longest, &say(7, 1)])),
+        ("text", join(&[&whole, &[5, 17, 0, 63, 0, 255], &[0xc3, 0xa4].repeat(127), b"a"])),
+        ("no-frame", join(&[&whole, &say(7, 1), &[0, 4, 5, 0, 0, 0]])),
+        ("too-long", join(&[&whole, &[0, 4], &(frame::MAX_BODY as u32 + 1 | relay::TOP).to_ne_bytes()])),
+        ("spelled-out", join(&[&cut, &[1, 0, 4, 0x1a, 2, 8, 7], &[1, 2, 2, 0x52, 9]])),
+        ("short-data", join(&[&moved, &[2, 7, 9, 0, 4, 1, 2, 3, 4], &say(7, 1)])),
+        (
+            "greetings",
+            join(&[&whole, &[7, 0, 1, 30, 0, 3, 1, 2, 3], &[7, 7, 2, 0, 0, 0], &[7, 0, 128, 0, 0, 1, 1]]),
+        ),
+        ("greeted", join(&[&whole, &[8, 255, 15, 0, payload.len() as u8], &payload, &[8, 0, 16, 4, 1, 0]])),
+    ]
+}
+
+fn session() -> Seeds {
+    // Events of the source; 32 is their first argument: the remote dialect, success, the only copy, a source
+    // that lives, a release.
+    let (request, ended, failed, up, lost, no_link, delivered) = (0, 1, 2, 3, 4, 5, 6);
+    let (announced, held, all_stored, died, criu_ended, acknowledged, disowned) = (8, 9, 10, 11, 12, 13, 14);
+    let (asking, yes, term, hangup) = (24, 32, 7 + 64, 7 + 64 + 128);
+    // Whether it keeps, and whether the source may run on.
+    let (once, keep, leave_running) = (0, 2, 4);
+    let scripted =
+        |flags: u8, then: &[u8]| [&[flags, up, request, announced, held + yes, asking], then].concat();
+    vec![
+        ("good", vec![once, up, request, ended + yes, delivered]),
         (
             "keep-twice",
-            vec![2, up, request + yes, ended + yes, delivered, up, request, ended + yes, delivered],
+            vec![keep, up, request + yes, ended + yes, delivered, up, request, ended + yes, delivered],
         ),
-        ("sent-anew", vec![0, up, request, lost + yes, ended + yes, no_link, up, lost, up, delivered]),
-        ("spoiled", vec![2, up, request + yes, failed, request + yes, ended + yes, request, lost]),
-        ("signals", vec![0, up, request, ended + yes, term, hangup, term, hangup]),
-        // Events of the sink: a peer, its end, the restore's end, a signal.
+        ("sent-anew", vec![once, up, request, lost + yes, ended + yes, no_link, up, lost, up, delivered]),
+        ("spoiled", vec![keep, up, request + yes, failed, request + yes, ended + yes, request, lost]),
+        ("signals", vec![once, up, request, ended + yes, term, hangup, term, hangup]),
+        (
+            "released",
+            scripted(once, &[ended + yes, all_stored, criu_ended, died, lost, up, acknowledged + yes]),
+        ),
+        ("left-running", scripted(keep | leave_running, &[all_stored, criu_ended + yes, acknowledged + yes])),
+        ("rolled-back", scripted(keep, &[lost, all_stored, up, acknowledged + yes, acknowledged, request])),
+        ("it-lives", scripted(keep, &[all_stored, criu_ended + yes, died, term, acknowledged])),
+        ("held-signal", scripted(once, &[hangup, all_stored, term, acknowledged])),
+        (
+            "disowned",
+            scripted(keep, &[disowned, all_stored, disowned, died, lost, up, disowned, request + yes]),
+        ),
+        (
+            "not-told",
+            [&scripted(once, &[lost, no_link, up])[..], &scripted(keep, &[])[1..5], &[lost]].concat(),
+        ),
+        ("never-asked", vec![keep, up, request, announced, ended + yes, request, held + yes]),
+        // Events of the sink: a peer, its end, the restore's end, a signal, all of a scripted session, its word.
         ("sink", vec![1, 0, 1 + yes, 0, 2, 3, 2 + yes]),
         ("sink-keep", vec![3, 0, 1, 0, 1 + yes, 3, 0, 2 + yes, 1, 3, 0, 3, 3]),
+        ("sink-released", vec![1, 0, 9, 0, 3, 11 + yes, 0, 11 + yes, 0, 11, 0, 2 + yes]),
+        ("sink-rolled-back", vec![3, 0, 9, 11, 1, 11, 0, 11 + yes, 0, 0, 1 + yes + 64, 11 + yes, 0, 3]),
+        (
+            "sink-remembers",
+            [&[3][..], &[0, 9, 11 + yes, 0].repeat(18), &[11 + yes, 15, 11 + yes, 16]].concat(),
+        ),
     ]
 }
 
