@@ -95,7 +95,7 @@ if [[ $(id -u) != 0 ]]; then
 fi
 say "Building criu-relay, and getting a CRIU that runs here (target/criu) ..."
 cargo build --release --locked
-relay=${CARGO_TARGET_DIR:-target}/release/criu-relay
+relay=$(realpath "${CARGO_TARGET_DIR:-target}/release/criu-relay")
 status=0
 tests/fetch-criu.sh || status=$?
 [[ $status == 0 ]] || exit "$status" # it has said why
@@ -112,8 +112,10 @@ until_true 10 "the cache" test -s "$work/cache.out"
 address=$(<"$work/cache.out")
 say "destination: criu-relay cache listens at $address"
 
-start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$work/target" -v4 -o restore.log
+start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$work/target" \
+    --action-script "$relay" -v4 -o restore.log
 restore=$pid
+until_true 10 "the restore" grep -q 'has announced itself' "$work/cache.log"
 say "destination: criu restore --stream waits for a process, in a PID namespace of its own"
 
 # --- the source
@@ -133,12 +135,13 @@ say "source:      process $process runs, with $mib MiB of random memory; its cou
 
 say "source:      criu dump --stream freezes it and hands its memory over ..."
 begin=${EPOCHREALTIME/[.,]/}
-start dump "$criu" dump --stream -D "$work/source" -t "$process" -v4 -o dump.log
+start dump "$criu" dump --stream -D "$work/source" -t "$process" \
+    --action-script "$relay" -v4 -o dump.log
 exit_status "$pid" "criu dump"
 dumped=$status
 [[ $dumped == 0 ]] || fail "criu dump: exit $dumped"
 until_ended "$process" "the original"
-say "source:      criu dump: exit 0; the original is gone"
+say "source:      criu dump: exit 0; the original is gone, since the cache has confirmed that it has everything"
 
 # --- the destination again
 
@@ -147,6 +150,7 @@ from_proxy=$status
 exit_status "$cache" "the cache"
 from_cache=$status
 took=$(((${EPOCHREALTIME/[.,]/} - begin) / 1000))
+grep -q 'confirmed and released' "$work/proxy.log" || fail "the proxy says nothing of a confirmation"
 [[ $from_proxy == 0 && $from_cache == 0 ]] || fail "the proxy: exit $from_proxy, the cache: exit $from_cache"
 say "destination: all done $took ms after the dump began"
 ask
