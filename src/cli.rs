@@ -109,7 +109,7 @@ pub const FLAGS: &[Flag] = &[
         None,
         "splice",
         Some("auto|always|never"),
-        "proxy: give CRIU's own pages to the link: when the dump is scripted (default), always (unsafe without the \
+        "proxy: give CRIU's own pages to the link: when the dump is scripted (default), always (risky without the \
          script), never",
     ),
     flag(

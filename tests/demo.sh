@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 mib=64
 started=()
-work=
+scratch=
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -21,9 +21,9 @@ fail() {
 cleanup() {
     local status=$? log
     trap - EXIT
-    if [[ $status != 0 && $status != 77 && -n $work ]]; then
-        for log in "$work"/*.log "$work"/*/*.log; do
-            [[ -s $log ]] && { say "--- ${log#"$work"/}" && tail -n 15 "$log"; } >&2
+    if [[ $status != 0 && $status != 77 && -n $scratch ]]; then
+        for log in "$scratch"/*.log "$scratch"/*/*.log; do
+            [[ -s $log ]] && { say "--- ${log#"$scratch"/}" && tail -n 15 "$log"; } >&2
         done
     fi
     # Those that have not been seen to end.
@@ -31,7 +31,7 @@ cleanup() {
         kill -KILL "$pid" 2>/dev/null || true
     done
     wait 2>/dev/null || true
-    [[ -z $work ]] || rm -rf "$work"
+    [[ -z $scratch ]] || rm -rf "$scratch"
     exit "$status"
 }
 trap cleanup EXIT
@@ -43,7 +43,7 @@ trap 'exit 143' TERM
 start() {
     local name=$1
     shift
-    "$@" </dev/null >"$work/$name.out" 2>"$work/$name.log" &
+    "$@" </dev/null >"$scratch/$name.out" 2>"$scratch/$name.log" &
     pid=$!
     started+=("$pid")
 }
@@ -77,11 +77,11 @@ exit_status() {
 
 # ask: has the process check all of its memory; its own counter is in $counter.
 ask() {
-    rm -f "$work/app/answer"
-    : >"$work/app/ask"
-    until_true 30 "an answer of the process" test -e "$work/app/answer"
+    rm -f "$scratch/app/answer"
+    : >"$scratch/app/ask"
+    until_true 30 "an answer of the process" test -e "$scratch/app/answer"
     local answer
-    answer=$(<"$work/app/answer")
+    answer=$(<"$scratch/app/answer")
     [[ $answer == "ok counter="*" pid=$process "* ]] || fail "the process answers: $answer"
     counter=${answer#ok counter=}
     counter=${counter%% *}
@@ -100,42 +100,42 @@ status=0
 tests/fetch-criu.sh || status=$?
 [[ $status == 0 ]] || exit "$status" # it has said why
 criu=$PWD/target/criu/criu
-work=$(mktemp -d)
-mkdir "$work"/{app,source,target}
-cc -O2 -pthread -o "$work/workload" tests/workload.c
+scratch=$(mktemp -d)
+mkdir "$scratch"/{app,source,target}
+cc -O2 -pthread -o "$scratch/migrant" tests/migrant.c
 
 # --- the destination
 
-start cache "$relay" cache -D "$work/target" --port 0
+start cache "$relay" cache -D "$scratch/target" --port 0
 cache=$pid
-until_true 10 "the cache" test -s "$work/cache.out"
-address=$(<"$work/cache.out")
+until_true 10 "the cache" test -s "$scratch/cache.out"
+address=$(<"$scratch/cache.out")
 say "destination: criu-relay cache listens at $address"
 
-start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$work/target" \
+start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$scratch/target" \
     --action-script "$relay" -v4 -o restore.log
 restore=$pid
-until_true 10 "the restore" grep -q 'has announced itself' "$work/cache.log"
+until_true 10 "the restore" grep -q 'has announced itself' "$scratch/cache.log"
 say "destination: criu restore --stream waits for a process, in a PID namespace of its own"
 
 # --- the source
 
-start proxy "$relay" proxy -D "$work/source" --port "${address##*:}"
+start proxy "$relay" proxy -D "$scratch/source" --port "${address##*:}"
 proxy=$pid
-until_true 10 "the link" grep -q 'connected to' "$work/proxy.log"
+until_true 10 "the link" grep -q 'connected to' "$scratch/proxy.log"
 say "source:      criu-relay proxy is connected to it"
 
-start process "$work/workload" "$work/app" --heap "$mib"
+start process "$scratch/migrant" "$scratch/app" --heap "$mib"
 process=$pid
 disown "$process" # bash need not tell that it was killed
-until_true 30 "the process that is to be moved" test -e "$work/app/ready"
+until_true 30 "the process that is to be moved" test -e "$scratch/app/ready"
 ask
 before=$counter
 say "source:      process $process runs, with $mib MiB of random memory; its counter is at $before"
 
 say "source:      criu dump --stream freezes it and hands its memory over ..."
 begin=${EPOCHREALTIME/[.,]/}
-start dump "$criu" dump --stream -D "$work/source" -t "$process" \
+start dump "$criu" dump --stream -D "$scratch/source" -t "$process" \
     --action-script "$relay" -v4 -o dump.log
 exit_status "$pid" "criu dump"
 dumped=$status
@@ -150,13 +150,13 @@ from_proxy=$status
 exit_status "$cache" "the cache"
 from_cache=$status
 took=$(((${EPOCHREALTIME/[.,]/} - begin) / 1000))
-grep -q 'confirmed and released' "$work/proxy.log" || fail "the proxy says nothing of a confirmation"
+grep -q 'confirmed and released' "$scratch/proxy.log" || fail "the proxy says nothing of a confirmation"
 [[ $from_proxy == 0 && $from_cache == 0 ]] || fail "the proxy: exit $from_proxy, the cache: exit $from_cache"
 say "destination: all done $took ms after the dump began"
 ask
 ((counter > before)) || fail "the counter went from $before to $counter"
 ! has_ended "$restore" || fail "criu restore has ended"
-files=$(find "$work" -name '*.img')
+files=$(find "$scratch" -name '*.img')
 [[ -z $files ]] || fail "images on disk: $files"
 say "destination: process $process has checked its memory; its counter is at $counter; no image was ever a file"
 

@@ -6,9 +6,9 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use common::relay::FakeCache;
+use common::relay::{FakeCache, FakeProxy};
 use common::script::{Bench, Script, is_left_waiting, pre_stream};
 use common::*;
 use rustix::process::Signal;
@@ -273,7 +273,7 @@ fn pre_stream_right_after_an_idle_link_was_lost() {
 #[test]
 fn what_was_consumed_of_a_failed_dump_is_forgotten() {
     let mut cache = Daemon::cache(&["--keep", "--consume"]);
-    let mut proxy = common::relay::FakeProxy::connect_for(&cache, 1);
+    let mut proxy = FakeProxy::connect_for(&cache, 1);
     proxy.begin(1, false);
     proxy.stream_image("pages-1.img", b"of the first");
     let mut restore = Restore::connect(&cache);
@@ -281,7 +281,7 @@ fn what_was_consumed_of_a_failed_dump_is_forgotten() {
     proxy.peer.reset();
     cache.wait_log("the dump failed");
     drop(restore);
-    let mut proxy = common::relay::FakeProxy::connect_for(&cache, 2);
+    let mut proxy = FakeProxy::connect_for(&cache, 2);
     proxy.begin(2, false);
     proxy.stream_image("pages-1.img", b"of the second");
     proxy.end();
@@ -296,7 +296,7 @@ fn what_was_consumed_of_a_failed_dump_is_forgotten() {
 #[test]
 fn one_process_restores_twice() {
     let mut cache = Daemon::cache(&["--keep"]);
-    let mut proxy = common::relay::FakeProxy::connect_for(&cache, 1);
+    let mut proxy = FakeProxy::connect_for(&cache, 1);
     for session in 1..=2 {
         proxy.begin(session, true);
         proxy.end();
@@ -309,4 +309,34 @@ fn one_process_restores_twice() {
         drop(restore);
         Script::start("pre-resume", &cache, None).agrees();
     }
+}
+
+// A cache waits for a proxy that has not said that it knows how its session ended; beyond that time it is a reader that
+// keeps it, who reads nothing.
+#[test]
+fn a_cache_that_has_waited_long_enough_costs_no_time() {
+    let mut cache = Daemon::cache(&[]);
+    let mut proxy = FakeProxy::connect(&cache);
+    proxy.begin(1, false);
+    proxy.stream_image("pages-1.img", &pattern(8 << 20, 1));
+    proxy.end();
+    let mut restore = Restore::connect(&cache);
+    for name in ["inventory.img", "pages-1.img"] {
+        assert!(restore.read(name).is_some());
+    }
+    drop(restore);
+    cache.wait_log("taken for a success");
+    let began = Instant::now();
+    let mut slow = Restore::connect(&cache);
+    slow.ask("pages-1.img");
+    assert_eq!(slow.answer(), Some(true));
+    let pipe = slow.pipe();
+    wait_until("the wait is over", || began.elapsed() > Duration::from_millis(5500));
+    let switches = |cache: &Daemon| cache.status("voluntary_ctxt").parse::<u64>().unwrap();
+    let before = switches(&cache);
+    wait_until("it had time to wake", || began.elapsed() > Duration::from_millis(6000));
+    let woken = switches(&cache) - before;
+    assert!(woken < 50, "woken {woken} times\n{}", cache.log());
+    drop((pipe, slow));
+    assert_eq!(cache.wait(), 0);
 }

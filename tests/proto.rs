@@ -118,7 +118,7 @@ fn files() -> [File; 3] {
             name: "relay.proto",
             syntax: "proto3",
             package: "criu_relay",
-            source: include_str!("../src/wire/relay.rs"),
+            source: include_str!("../src/wire/relay/messages.rs"),
             derived: relay(),
         },
     ]

@@ -278,9 +278,8 @@ fn a_link_that_is_lost_while_the_source_dies() {
     assert_eq!(bench.proxy.wait(), 0, "{}", bench.proxy.log());
 }
 
-#[test]
-fn a_release_and_a_welcome_that_comes_late() {
-    // A scripted session never goes on in the seed protocol, and the release has to be said as long as it takes.
+/// The cache has confirmed, the source is dead, and the link is lost before the release is said.
+fn played_until_the_link_is_lost() -> (FakeCache, Bench) {
     let (cache, mut held, mut bench) = played(&[]);
     let script = bench.held(&mut held);
     held.all_stored();
@@ -288,6 +287,13 @@ fn a_release_and_a_welcome_that_comes_late() {
     held.peer.reset();
     bench.source.kill();
     bench.disconnect();
+    (cache, bench)
+}
+
+#[test]
+fn a_release_and_a_welcome_that_comes_late() {
+    // A scripted session never goes on in the seed protocol, and the release has to be said as long as it takes.
+    let (cache, mut bench) = played_until_the_link_is_lost();
     // The cache is busy for more than two seconds.
     let (slow, _) = cache.greeted();
     slow.end();
@@ -299,13 +305,7 @@ fn a_release_and_a_welcome_that_comes_late() {
 
 #[test]
 fn a_release_of_what_the_cache_has_lost() {
-    let (cache, mut held, mut bench) = played(&[]);
-    let script = bench.held(&mut held);
-    held.all_stored();
-    script.agrees();
-    held.peer.reset();
-    bench.source.kill();
-    bench.disconnect();
+    let (cache, mut bench) = played_until_the_link_is_lost();
     let mut held = cache.accept();
     assert!(matches!(held.hear(), Kind::Release(_)));
     held.peer.say(Kind::Error(wire::Error::new(3, "who are you?")));

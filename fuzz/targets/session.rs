@@ -3,13 +3,11 @@
 //! say which, the others are its arguments.
 #![no_main]
 
-use criu_relay::session::sink::{Heard, Settled};
-use criu_relay::session::{Ask, Begun, Decision, Dialect, Sink, Source, Word};
+use criu_relay::session::sink::{self, Heard, Settled};
+use criu_relay::session::source::Decision;
+use criu_relay::session::{Ask, Begun, Dialect, REMEMBERED, Sink, Source, Word};
 use criu_relay_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
-
-/// How many sessions a cache remembers the outcome of.
-const REMEMBERED: usize = 16;
 
 /// A decision without its reasons.
 #[derive(Debug, PartialEq)]
@@ -37,6 +35,18 @@ fn what(decision: &Decision) -> What {
         Decision::Deny(why) | Decision::Over(Err(why)) => {
             assert!(!why.is_empty(), "whoever is made to fail learns why");
             if matches!(decision, Decision::Deny(_)) { What::Deny } else { What::Fails }
+        }
+    }
+}
+
+fn what_of_sink(decision: &sink::Decision) -> What {
+    match decision {
+        sink::Decision::Nothing => What::Nothing,
+        sink::Decision::Stay => What::Stay,
+        sink::Decision::Over(Ok(())) => What::Done,
+        sink::Decision::Over(Err(why)) => {
+            assert!(!why.is_empty(), "whoever is made to fail learns why");
+            What::Fails
         }
     }
 }
@@ -482,7 +492,7 @@ impl Images {
     // The peer has ended; whether the program ends with it.
     fn ends(&mut self, sink: &mut Sink, complete: bool) -> bool {
         self.receiving = false;
-        let decision = what(&sink.peer_ended(if complete { Ok(()) } else { Err("cut off".into()) }));
+        let decision = what_of_sink(&sink.peer_ended(if complete { Ok(()) } else { Err("cut off".into()) }));
         if complete {
             assert_eq!(decision, What::Nothing, "what is complete is kept");
             self.held = Held::OnlyCopy;
@@ -553,7 +563,7 @@ fn sink(keep: bool, input: &mut Input) {
                 }
             }
             2 | 8 => {
-                let decision = what(&sink.restore_ended(a));
+                let decision = what_of_sink(&sink.restore_ended(a));
                 if a && images.held != Held::Nothing {
                     assert_eq!(decision, What::Done);
                     (images.held, images.last_failed) = (Held::Restored, Some(false));
@@ -563,7 +573,7 @@ fn sink(keep: bool, input: &mut Input) {
                 }
             }
             3 => {
-                let decision = what(&sink.terminate(signal(c)));
+                let decision = what_of_sink(&sink.terminate(signal(c)));
                 if images.has_only_copy() && !(images.asked && !c) {
                     assert_eq!(decision, What::Stay, "only a second request costs the only copy");
                     images.asked |= !c;

@@ -32,7 +32,8 @@ use crate::peer::receiver::{Parked, Receiver};
 use crate::peer::relay::RelayPeer;
 use crate::pump::{Conduit, Flow, Outflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
-use crate::session::{Ask, Decision, Dialect, Sink};
+use crate::session::sink::Decision;
+use crate::session::{Ask, Dialect, Sink};
 use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
@@ -141,7 +142,7 @@ impl Conn {
             Self::Peer(conn) => conn,
             Self::Relay(conn) => conn,
             Self::Control(conn) => conn,
-            Self::Criu(conn) => conn,
+            Self::Criu(criu) => &criu.process,
         }
     }
 }
@@ -326,12 +327,7 @@ impl Cache {
 
     fn decide(&mut self, decision: Decision) {
         match decision {
-            Decision::Nothing
-            | Decision::Connect
-            | Decision::SendAnew
-            | Decision::Allow
-            | Decision::Deny(_)
-            | Decision::Say(_) => {}
+            Decision::Nothing => {}
             Decision::Stay => log::warn!(
                 "asked to end, but the dump has not been restored ({} images): this may be the only copy of the \
                  process; ask once more to drop it",
@@ -410,7 +406,7 @@ impl Cache {
                 if let Some(images) = restore.images {
                     match restore.announced {
                         // Its script has said so, or will.
-                        true => self.restore_closed(restore.pid, images, restore.asked),
+                        true => self.restore_closed(restore.pid, images),
                         false => {
                             self.restore_ended(&images, &restore.asked);
                             self.unpin(images);
@@ -486,7 +482,8 @@ impl Role for Cache {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        self.lingers
+        // Once it is over, whatever else keeps us here is an event.
+        self.lingers.filter(|until| *until > Instant::now())
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {

@@ -10,12 +10,12 @@ use rustix::io::Errno;
 use super::{Cache, Conn, MAX_PARKED, PARKED_AT_LEAST};
 use crate::peer::receiver::{Arrival, Parked, Shown};
 use crate::peer::relay::{Event, RelayPeer, Turn};
-use crate::reactor::Exit;
-use crate::reactor::Pollable;
-use crate::session::Word;
-use crate::session::sink::{Heard, REMEMBERED};
-use crate::store::{Catalog, catalog};
+use crate::reactor::{Exit, Pollable};
+use crate::session::sink::Heard;
+use crate::session::{self, Word};
+use crate::store::{BodyId, Catalog, catalog};
 use crate::table::Id;
+use crate::wire::Key;
 use crate::wire::relay::{self, Hello, Kind, SessionId, Welcome};
 use crate::{net, pump};
 
@@ -236,12 +236,8 @@ impl Cache {
         match event {
             Event::Hello(hello) => self.offered(id, &hello),
             Event::Opened(key, body) => {
-                let waiting =
-                    if catalog::waits_for_the_end(&key) { None } else { Some(self.waits.take(&key)) };
-                self.arriving.insert(key, body);
-                for reader in waiting.into_iter().flatten() {
-                    self.answer(reader);
-                }
+                self.arriving.insert(key.clone(), body);
+                self.answer_waiting(&key);
             }
             Event::Grown(body) => {
                 for follower in self.followers.get(&body).into_iter().flatten() {
@@ -249,22 +245,14 @@ impl Cache {
                 }
             }
             Event::Complete(key, body, end) => {
-                if self.arriving.get(&key) == Some(&body) {
-                    self.arriving.remove(&key);
-                }
+                self.has_arrived(&key, body);
                 for follower in self.followers.remove(&body).into_iter().flatten() {
                     self.complete_for(follower, body, end);
                 }
-                if !catalog::waits_for_the_end(&key) {
-                    for reader in self.waits.take(&key) {
-                        self.answer(reader);
-                    }
-                }
+                self.answer_waiting(&key);
             }
             Event::Aborted(key, body) => {
-                if self.arriving.get(&key) == Some(&body) {
-                    self.arriving.remove(&key);
-                }
+                self.has_arrived(&key, body);
                 self.abort_followers(body);
             }
             Event::Finished(images, bytes) => self.finished(id, images, bytes),
@@ -333,10 +321,7 @@ impl Cache {
         peer.settled();
         self.peer = None;
         self.parked.push_back(id);
-        if self.confirmed.len() == REMEMBERED {
-            self.confirmed.pop_front();
-        }
-        self.confirmed.push_back((session, images, bytes));
+        session::remember(&mut self.confirmed, (session, images, bytes));
         self.unheard = Some(session);
         if self.incoming.scripted {
             let images = std::mem::take(&mut self.incoming);
@@ -421,11 +406,7 @@ impl Cache {
         let mut complete = Vec::new();
         let arrival = peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut complete);
         for key in complete {
-            if !catalog::waits_for_the_end(&key) {
-                for reader in self.waits.take(&key) {
-                    self.answer(reader);
-                }
-            }
+            self.answer_waiting(&key);
         }
         match arrival {
             Ok(Arrival::Wait) => self.settle(id),
@@ -488,6 +469,22 @@ impl Cache {
                 self.conns.remove(id);
             }
             self.parked.clear();
+        }
+    }
+
+    // An image no longer arrives: it is complete, or never will be.
+    fn has_arrived(&mut self, key: &Key, body: BodyId) {
+        if self.arriving.get(key) == Some(&body) {
+            self.arriving.remove(key);
+        }
+    }
+
+    // There is something to be read under this name.
+    fn answer_waiting(&mut self, key: &Key) {
+        if !catalog::waits_for_the_end(key) {
+            for reader in self.waits.take(key) {
+                self.answer(reader);
+            }
         }
     }
 

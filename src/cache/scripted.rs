@@ -3,31 +3,25 @@
 //! A restore that has announced itself succeeds when its script says so at `pre-resume`, and fails when its CRIU
 //! ends without that. Its connection's end says neither.
 
-use std::collections::HashSet;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
-use std::time::Instant;
-
-use mio::Interest;
-use rustix::io::Errno;
 
 use super::{Cache, Conn};
 use crate::client::control::Controlled;
+use crate::client::process::Process;
 use crate::net;
-use crate::reactor::Pollable;
 use crate::store::Catalog;
 use crate::table::Id;
-use crate::wire::Key;
 use crate::wire::control::Action;
 
 /// A CRIU that has announced itself, watched by its pidfd.
 #[derive(Debug)]
 pub struct Criu {
-    fd: OwnedFd,
+    pub(super) process: Process,
     /// As seen from here.
     pid: i32,
-    /// What it was restoring, and had asked for, when its connection closed.
-    closed: Option<(Rc<Catalog>, HashSet<Key>)>,
+    /// What it was restoring when its connection closed.
+    closed: Option<Rc<Catalog>>,
     /// Whether its script has said that it succeeded.
     succeeded: bool,
 }
@@ -35,7 +29,7 @@ pub struct Criu {
 impl Criu {
     /// Whether it was restoring these images when its connection closed, and has not spoken yet.
     pub fn is_at(&self, images: &Rc<Catalog>) -> bool {
-        self.closed.as_ref().is_some_and(|(closed, _)| Rc::ptr_eq(closed, images))
+        self.closed.as_ref().is_some_and(|closed| Rc::ptr_eq(closed, images))
     }
 }
 
@@ -62,16 +56,8 @@ impl Cache {
     }
 
     fn reply(&mut self, id: Id, verdict: Result<(), String>) {
-        let Some(Conn::Control(mut control)) = self.conns.remove(id) else { return };
-        let told = match verdict {
-            Ok(()) => control.reply(0, ""),
-            Err(why) => {
-                log::warn!("the action script was told to fail: {why}");
-                control.reply(Errno::CANCELED.raw_os_error() as u32, &why)
-            }
-        };
-        if let Err(why) = told {
-            log::warn!("the action script {why}");
+        if let Some(Conn::Control(control)) = self.conns.remove(id) {
+            control.verdict(verdict.as_ref().copied().map_err(String::as_str));
         }
     }
 
@@ -87,11 +73,11 @@ impl Cache {
         if let Some(criu) = self.criu_mut(pid) {
             // The same process restores again.
             criu.succeeded = false;
-            if let Some((images, _)) = criu.closed.take() {
+            if let Some(images) = criu.closed.take() {
                 self.unpin(images);
             }
         } else {
-            let criu = Criu { fd: criu, pid, closed: None, succeeded: false };
+            let criu = Criu { process: Process::new(criu), pid, closed: None, succeeded: false };
             let added = self.conns.insert(Conn::Criu(criu));
             added.map_err(|error| format!("CRIU can't be watched: {error}"))?;
         }
@@ -141,10 +127,8 @@ impl Cache {
             _ => None,
         };
         let Some(criu) = self.criu_mut(pid) else { return Ok(()) };
-        let images = match (at_it, criu.closed.take()) {
-            (Some(images), _) => images,
-            (None, Some((images, _))) => images,
-            (None, None) => return Err("this restore has read nothing here".into()),
+        let Some(images) = at_it.or(criu.closed.take()) else {
+            return Err("this restore has read nothing here".into());
         };
         criu.succeeded = true;
         log::info!("the restore has succeeded: its action script says so");
@@ -154,12 +138,11 @@ impl Cache {
     }
 
     // The connection of an announced restore has closed: judged when its script has spoken, or its CRIU ended.
-    pub(super) fn restore_closed(&mut self, pid: i32, images: Rc<Catalog>, asked: HashSet<Key>) {
+    pub(super) fn restore_closed(&mut self, pid: i32, images: Rc<Catalog>) {
         match self.criu_mut(pid) {
             Some(criu) if criu.succeeded => self.unpin(images),
             Some(criu) => {
-                let before = criu.closed.replace((images, asked));
-                if let Some((before, _)) = before {
+                if let Some(before) = criu.closed.replace(images) {
                     self.unpin(before);
                 }
             }
@@ -171,13 +154,13 @@ impl Cache {
     }
 
     pub(super) fn step_criu(&mut self, id: Id) {
-        if matches!(self.conns.get(id), Some(Conn::Criu(criu)) if net::is_readable(criu.fd.as_fd())) {
+        if matches!(self.conns.get(id), Some(Conn::Criu(criu)) if criu.process.is_dead()) {
             self.close(id, None);
         }
     }
 
     pub(super) fn criu_gone(&mut self, criu: Criu) {
-        if let Some((images, _)) = criu.closed {
+        if let Some(images) = criu.closed {
             self.restore_failed(&images);
             self.unpin(images);
         }
@@ -197,19 +180,5 @@ impl Cache {
             let decision = self.session.restore_ended(success);
             self.decide(decision);
         }
-    }
-}
-
-impl Pollable for Criu {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
-    fn interest(&self) -> Option<Interest> {
-        Some(Interest::READABLE)
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        None
     }
 }

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use mio::Interest;
+use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 
 use super::HEADER_LIMIT;
@@ -26,7 +27,7 @@ pub struct Control {
 /// What a step of a [`Control`] brought.
 #[derive(Debug)]
 pub enum Controlled {
-    /// The request: answer with [`Control::reply`], now or later, and close.
+    /// The request: answer with [`Control::verdict`], now or later, and close.
     Request(Request<OwnedFd>),
     /// An event will come.
     Wait,
@@ -73,7 +74,21 @@ impl Control {
         }
     }
 
-    /// The verdict: 0, or an errno and why CRIU is not to go on.
+    /// Tells the script whether CRIU may go on, or why not, and closes.
+    pub fn verdict(mut self, verdict: Result<(), &str>) {
+        let told = match verdict {
+            Ok(()) => self.reply(0, ""),
+            Err(why) => {
+                log::warn!("the action script was told to fail: {why}");
+                self.reply(Errno::CANCELED.raw_os_error() as u32, why)
+            }
+        };
+        if let Err(why) = told {
+            log::warn!("the action script {why}");
+        }
+    }
+
+    /// The answer: 0, or an errno and why CRIU is not to go on.
     pub fn reply(&mut self, errno: u32, text: &str) -> Result<(), String> {
         let reply = encode_reply(errno, text);
         match send(&self.fd, &reply, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {

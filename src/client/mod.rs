@@ -3,6 +3,7 @@
 pub mod control;
 pub mod fence;
 pub mod listener;
+pub mod process;
 pub mod remote;
 pub mod stream;
 

@@ -2,15 +2,14 @@
 
 use std::time::Instant;
 
-use super::{Conn, Event, Proxy, Retain, hello};
+use super::{Conn, Event, Proxy, hello};
 use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::peer::link::{Link, LinkStep};
-use crate::peer::sender::Confirmed;
 use crate::peer::{Choice, Protocol};
 use crate::reactor::Exit;
-use crate::session::{Decision, Word};
-use crate::store::catalog;
+use crate::session::Word;
+use crate::session::source::Decision;
 use crate::table::Id;
 use crate::wire::relay::{self, Hello, Kind};
 
@@ -123,14 +122,8 @@ impl Proxy {
             Err(why) => return self.close(id, Some(format!("the cache {why}"))),
         };
         let decision = match (confirmed, kind) {
-            (Confirmed::Image(key, Some(body)), _) => {
-                let keeps = match self.policy.retain {
-                    Retain::All => true,
-                    Retain::Small => !catalog::is_pages(&key),
-                    // Old CRIU reads its list back.
-                    Retain::None => catalog::is_list(&key),
-                };
-                if !keeps && !self.flows.contains_key(&key) {
+            (Some((key, body)), _) => {
+                if !self.policy.retain.keeps(&key) && !self.flows.contains_key(&key) {
                     self.images.forget(&key, body, &mut self.bodies);
                     log::debug!("{key}: stored by the cache, not kept here any more");
                 }

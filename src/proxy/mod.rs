@@ -42,7 +42,7 @@ use crate::peer::{Choice, Protocol};
 use crate::pump::{Conduit, Flow, Inflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
 use crate::session::{Ask, Dialect, Source};
-use crate::store::{Bodies, BodyId, Catalog, Waits};
+use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::WriteMode;
@@ -98,6 +98,17 @@ pub enum Retain {
     Small,
     /// Nothing that the peer has, or is being given.
     None,
+}
+
+impl Retain {
+    /// Whether an image stays here although the peer has it. Lists always do: old CRIU reads them back.
+    pub fn keeps(self, key: &Key) -> bool {
+        match self {
+            Self::All => true,
+            Self::Small => !catalog::is_pages(key),
+            Self::None => catalog::is_list(key),
+        }
+    }
 }
 
 /// What is done with the images, and with the source.
@@ -158,7 +169,7 @@ impl Conn {
             Self::Pipe(conn) => conn,
             Self::Link(conn) => conn,
             Self::Control(conn) => conn,
-            Self::Process(conn) => conn,
+            Self::Process(task) => &task.process,
         }
     }
 }
@@ -192,9 +203,6 @@ enum Event {
 
 /// Batches after which that is decided in any case: 64 clients are accepted in each.
 const DEFER_AT_MOST: u16 = 1000;
-
-/// Rollbacks that are owed at most; the oldest is forgotten.
-const OWED: usize = 16;
 
 /// The role.
 #[derive(Debug)]

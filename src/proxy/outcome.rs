@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
-use super::{Conn, Event, OWED, Proxy};
+use super::{Conn, Event, Proxy};
 use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::pump;
 use crate::reactor::Exit;
-use crate::session::{Decision, Dialect, Word};
+use crate::session::source::Decision;
+use crate::session::{self, Dialect, Word};
 use crate::store::{Waits, catalog};
 use crate::wire::Key;
 use crate::wire::relay::{self, Kind};
@@ -249,10 +250,7 @@ impl Proxy {
         let rolls_back = self.session.word() == Some(Word::Rollback);
         let decision = self.session.no_link(why, only_copy);
         if rolls_back && matches!(decision, Decision::Over(_)) {
-            if self.owed.len() == OWED {
-                self.owed.pop_front();
-            }
-            self.owed.push_back(self.session_id);
+            session::remember(&mut self.owed, self.session_id);
         }
         decision
     }

@@ -2,17 +2,14 @@
 //! source is dead.
 
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
-
-use mio::Interest;
-use rustix::io::Errno;
 
 use super::{Conn, Proxy};
 use crate::client::control::Controlled;
+use crate::client::process::Process;
 use crate::net;
 use crate::peer::Protocol;
-use crate::reactor::Pollable;
 use crate::session::{Dialect, Word};
 use crate::table::Id;
 use crate::wire::control::{Action, Request};
@@ -23,10 +20,10 @@ const INVISIBLE: &str = "this CRIU's process id is not visible to criu-relay pro
 /// SIGKILL in the masks of /proc/PID/status.
 const SIGKILL: u64 = 1 << 8;
 
-/// A process that is watched, by a pidfd.
+/// A process that is watched.
 #[derive(Debug)]
 pub struct Task {
-    fd: OwnedFd,
+    pub(super) process: Process,
     /// Whether it is a CRIU, and not a task of the source.
     criu: bool,
 }
@@ -71,16 +68,8 @@ impl Proxy {
 
     // Tells a script whether CRIU may go on.
     fn reply(&mut self, id: Id, verdict: Result<(), &str>) {
-        let Some(Conn::Control(mut control)) = self.conns.remove(id) else { return };
-        let told = match verdict {
-            Ok(()) => control.reply(0, ""),
-            Err(why) => {
-                log::warn!("the action script was told to fail: {why}");
-                control.reply(Errno::CANCELED.raw_os_error() as u32, why)
-            }
-        };
-        if let Err(why) = told {
-            log::warn!("the action script {why}");
+        if let Some(Conn::Control(control)) = self.conns.remove(id) {
+            control.verdict(verdict);
         }
     }
 
@@ -90,7 +79,7 @@ impl Proxy {
             return self.reply(id, Err(INVISIBLE));
         };
         if !self.announced.iter().any(|announced| announced.pid == pid) {
-            match self.conns.insert(Conn::Process(Task { fd: criu, criu: true })) {
+            match self.conns.insert(Conn::Process(Task { process: Process::new(criu), criu: true })) {
                 Ok(process) => self.announced.push(Announced { pid, process }),
                 Err(error) => return self.reply(id, Err(&format!("CRIU can't be watched: {error}"))),
             }
@@ -160,7 +149,7 @@ impl Proxy {
             return self.reply(id, Err(why));
         }
         for fd in request.tasks {
-            match self.conns.insert(Conn::Process(Task { fd, criu: false })) {
+            match self.conns.insert(Conn::Process(Task { process: Process::new(fd), criu: false })) {
                 Ok(task) => self.tasks.push(task),
                 Err(error) => {
                     let why = format!("a task of the source can't be watched: {error}");
@@ -244,9 +233,9 @@ impl Proxy {
     fn source_lives(&self) -> bool {
         self.tasks.iter().any(|id| match self.conns.get(*id) {
             Some(Conn::Process(task)) => {
-                let killed = net::pidfd_pid(task.fd.as_fd()).is_some_and(is_killed);
+                let killed = task.process.pid().is_some_and(is_killed);
                 // Unless it has died since.
-                !killed && !net::is_readable(task.fd.as_fd())
+                !killed && !task.process.is_dead()
             }
             _ => false,
         })
@@ -254,7 +243,7 @@ impl Proxy {
 
     pub(super) fn step_process(&mut self, id: Id) {
         let Some(Conn::Process(task)) = self.conns.get(id) else { return };
-        if net::is_readable(task.fd.as_fd()) {
+        if task.process.is_dead() {
             self.close(id, None);
         }
     }
@@ -359,18 +348,4 @@ fn is_killed(pid: i32) -> bool {
         }
         _ => false,
     })
-}
-
-impl Pollable for Task {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
-    fn interest(&self) -> Option<Interest> {
-        Some(Interest::READABLE)
-    }
-
-    fn deadline(&self) -> Option<Instant> {
-        None
-    }
 }

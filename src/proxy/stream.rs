@@ -3,14 +3,13 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use super::{Conn, Proxy, Retain, Splice};
+use super::{Conn, Proxy, Splice};
 use crate::client::stream::{Captured, PipeIn, Way};
 use crate::peer::sender::Passing;
 use crate::peer::{Choice, Protocol};
 use crate::pump::{FillError, Flow, Inflow};
 use crate::reactor::Pollable;
 use crate::session::Dialect;
-use crate::store::catalog;
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::{Request, WriteMode};
@@ -147,12 +146,7 @@ impl Proxy {
             return None;
         }
         let scripted = self.session.is_scripted();
-        let kept = match self.policy.retain {
-            _ if scripted => false,
-            Retain::All => true,
-            Retain::Small => !catalog::is_pages(key),
-            Retain::None => false,
-        };
+        let kept = !scripted && self.policy.retain.keeps(key);
         match self.policy.splice {
             Splice::Always => Some(Passing::Splice),
             Splice::Auto if scripted => Some(Passing::Splice),

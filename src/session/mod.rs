@@ -11,6 +11,8 @@
 pub mod sink;
 pub mod source;
 
+use std::collections::VecDeque;
+
 pub use sink::Sink;
 pub use source::{Begun, Source};
 
@@ -57,6 +59,17 @@ impl Asked {
     }
 }
 
+/// Sessions whose outcome is remembered: a word may be repeated when its acknowledgement was lost.
+pub const REMEMBERED: usize = 16;
+
+/// Adds to what is remembered of the last sessions; the oldest is forgotten.
+pub fn remember<T>(sessions: &mut VecDeque<T>, session: T) {
+    if sessions.len() == REMEMBERED {
+        sessions.pop_front();
+    }
+    sessions.push_back(session);
+}
+
 /// What decides about the images of a scripted session, once they are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
@@ -64,25 +77,4 @@ pub enum Word {
     Release,
     /// The source lives: they may not.
     Rollback,
-}
-
-/// What to do after an event.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decision {
-    /// Go on.
-    Nothing,
-    /// Scripted: let CRIU go on, which kills the source.
-    Allow,
-    /// Scripted: make CRIU fail, for this reason, and say the word.
-    Deny(String),
-    /// Scripted: say the word, now or when there is a link.
-    Say(Word),
-    /// Try to get a link.
-    Connect,
-    /// Send everything that is held, from the beginning, on the new link.
-    SendAnew,
-    /// Stay, although asked to go; the log says why.
-    Stay,
-    /// The session is over: close what belongs to it. On an error the link is reset.
-    Over(Result<(), String>),
 }

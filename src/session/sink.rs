@@ -2,11 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::{Ask, Asked, Decision, Word};
+use super::{Ask, Asked, Word, remember};
 use crate::wire::relay::SessionId;
-
-/// Sessions whose outcome is remembered: a word may be repeated when its acknowledgement was lost.
-pub const REMEMBERED: usize = 16;
 
 /// The destination's side.
 #[derive(Debug)]
@@ -28,6 +25,17 @@ enum Held {
     /// Perhaps the only copy.
     Unrestored,
     Restored,
+}
+
+/// What to do after an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Go on.
+    Nothing,
+    /// Stay, although asked to go; the log says why.
+    Stay,
+    /// The session is over: close what belongs to it.
+    Over(Result<(), String>),
 }
 
 /// What became of a session that was stored completely.
@@ -123,16 +131,9 @@ impl Sink {
         self.settled.iter().find(|(known, _)| known == id).map(|(_, settled)| *settled)
     }
 
-    fn remember(&mut self, id: SessionId, settled: Settled) {
-        if self.settled.len() == REMEMBERED {
-            self.settled.pop_front();
-        }
-        self.settled.push_back((id, settled));
-    }
-
     /// All of a session that is not scripted has been stored; it is told of by [`Sink::peer_ended`].
     pub fn taken(&mut self, id: SessionId) {
-        self.remember(id, Settled::Taken);
+        remember(&mut self.settled, (id, Settled::Taken));
     }
 
     /// All of a scripted session has been stored: it waits for its word.
@@ -146,7 +147,7 @@ impl Sink {
     pub fn hear(&mut self, id: SessionId, word: Word) -> Heard {
         if self.stored == Some(id) {
             self.stored = None;
-            self.remember(id, Settled::Said(word));
+            remember(&mut self.settled, (id, Settled::Said(word)));
             return Heard::Decides;
         }
         match self.settled(&id) {
@@ -155,7 +156,7 @@ impl Sink {
             None => {
                 // Its images may still be on their way: they are not to be taken any more.
                 if word == Word::Rollback {
-                    self.remember(id, Settled::Said(word));
+                    remember(&mut self.settled, (id, Settled::Said(word)));
                 }
                 Heard::Unknown
             }

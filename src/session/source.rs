@@ -1,6 +1,27 @@
 //! The session on the source: from CRIU's first valid request until the images are delivered.
 
-use super::{Ask, Asked, Decision, Dialect, Word};
+use super::{Ask, Asked, Dialect, Word};
+
+/// What to do after an event.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Go on.
+    Nothing,
+    /// Scripted: let CRIU go on, which kills the source.
+    Allow,
+    /// Scripted: make CRIU fail, for this reason, and say the word.
+    Deny(String),
+    /// Scripted: say the word, now or when there is a link.
+    Say(Word),
+    /// Try to get a link.
+    Connect,
+    /// Send everything that is held, from the beginning, on the new link.
+    SendAnew,
+    /// Stay, although asked to go; the log says why.
+    Stay,
+    /// The session is over: close what belongs to it. On an error the link is reset.
+    Over(Result<(), String>),
+}
 
 /// Where the dump is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,7 +22,7 @@ impl FrameReader {
     /// Takes what belongs to the object from the front of `input`, which is left at what follows, and
     /// returns the object's body once it is whole.
     pub fn feed(&mut self, input: &mut &[u8]) -> Result<Option<Vec<u8>>, WireError> {
-        if !self.take(LENGTH, input) {
+        if !fill(&mut self.got, LENGTH, input) {
             return Ok(None);
         }
         let mut length = [0; LENGTH];
@@ -32,7 +32,7 @@ impl FrameReader {
         if body == 0 || body > MAX_BODY {
             return Err(WireError::Length(length));
         }
-        if !self.take(LENGTH + body, input) {
+        if !fill(&mut self.got, LENGTH + body, input) {
             return Ok(None);
         }
         let mut got = std::mem::take(&mut self.got);
@@ -44,15 +44,15 @@ impl FrameReader {
     pub fn is_empty(&self) -> bool {
         self.got.is_empty()
     }
+}
 
-    // Fills `got` up to `target` bytes; says whether it is filled.
-    fn take(&mut self, target: usize, input: &mut &[u8]) -> bool {
-        let missing = target.saturating_sub(self.got.len()).min(input.len());
-        let (head, rest) = input.split_at(missing);
-        self.got.extend_from_slice(head);
-        *input = rest;
-        self.got.len() >= target
-    }
+/// Fills `got` up to `target` bytes from the front of `input`; says whether it is filled.
+pub(super) fn fill(got: &mut Vec<u8>, target: usize, input: &mut &[u8]) -> bool {
+    let missing = target.saturating_sub(got.len()).min(input.len());
+    let (head, rest) = input.split_at(missing);
+    got.extend_from_slice(head);
+    *input = rest;
+    got.len() >= target
 }
 
 /// One object, ready to be sent with a single send(2), as CRIU's reading needs it.

@@ -41,13 +41,13 @@ fn prepare() -> Result<Programs, String> {
         _ => panic!("tests/fetch-criu.sh: {}: {said}", fetch.status),
     }
     // Complete or not at all: another run of these tests may be executing the one that is there.
-    let workload = Path::new(env!("CARGO_TARGET_TMPDIR")).join("workload");
+    let workload = Path::new(env!("CARGO_TARGET_TMPDIR")).join("migrant");
     let new = workload.with_extension(std::process::id().to_string());
     let mut cc = Command::new("cc");
-    cc.args(["-O2", "-pthread", "-o"]).arg(&new).arg(top.join("tests/workload.c"));
+    cc.args(["-O2", "-pthread", "-o"]).arg(&new).arg(top.join("tests/migrant.c"));
     match cc.output() {
         Ok(done) if done.status.success() => {}
-        Ok(done) => panic!("tests/workload.c: {}", String::from_utf8_lossy(&done.stderr)),
+        Ok(done) => panic!("tests/migrant.c: {}", String::from_utf8_lossy(&done.stderr)),
         Err(error) => return Err(format!("there is no C compiler: {error}")),
     }
     fs::rename(&new, &workload).expect("the workload can be renamed");

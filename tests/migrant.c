@@ -2,7 +2,7 @@
  * The process that the tests migrate: it keeps state of many kinds and can tell at any time whether
  * all of it is still right.
  *
- *     workload DIR [--tree] [--heap MIB] [--tcp]
+ *     migrant DIR [--tree] [--heap MIB] [--tcp]
  *
  * DIR/ready appears when everything is set up and holds the pid. Whenever DIR/ask appears, it is
  * removed, everything is checked, and DIR/answer appears:
@@ -90,7 +90,7 @@ static uint64_t *small[SMALL];
 
 static void die(const char *what)
 {
-	fprintf(stderr, "workload: %s: %s\n", what, strerror(errno));
+	fprintf(stderr, "migrant: %s: %s\n", what, strerror(errno));
 	_exit(1);
 }
 
@@ -532,7 +532,7 @@ static void furnish(void)
 
 int main(int argc, char **argv)
 {
-	const char *usage = "usage: workload DIR [--tree] [--heap MIB] [--tcp]\n";
+	const char *usage = "usage: migrant DIR [--tree] [--heap MIB] [--tcp]\n";
 	size_t mib = 1;
 	int with_tcp = 0, waiting;
 	struct timespec now;
