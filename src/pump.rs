@@ -3,17 +3,19 @@
 //! What goes to a file goes there by splice(2), which copies it once: from a pipe at once, from a socket through
 //! that pipe. What is small, and what goes to the heap, is read.
 //!
-//! One turn moves [`TURN`] bytes at most; who could move more is queued again by its owner.
+//! One turn moves [`TURN`] bytes at most; who could move more is queued again by its owner. The store is asked for
+//! room first: what it has none for stays where it is.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::sendfile;
-use rustix::io::{Errno, read, write};
+use rustix::io::{Errno, ioctl_fionread, read, write};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use crate::net;
-use crate::store::{Bodies, BodyId, Content, INLINE_MAX};
+use crate::net::{self, Received};
+use crate::store::body::End;
+use crate::store::{Bodies, BodyId, Content, INLINE_MAX, limit};
 use crate::wire::Key;
 
 /// What one read(2) takes at most, in bytes: large enough that system calls don't count, small enough to
@@ -94,21 +96,30 @@ pub fn fill(
         // Up to that length it may stay on the heap; the rest begins at a page's start.
         let left = INLINE_MAX.saturating_sub(usize::try_from(bodies.len(body)).unwrap_or(usize::MAX));
         let taken = if left > 0 {
-            read(pipe, &mut block[..left])
+            bodies.room(body, left as u64).map(|room| read(pipe, &mut block[..room as usize]))
         } else {
-            let (file, mut offset) = bodies.file_end(body).map_err(FillError::Store)?;
-            splice(pipe, None, file, Some(&mut offset), TURN, SpliceFlags::NONBLOCK)
+            bodies.file_end(body, TURN as u64).map(|End { file, mut offset, room }| {
+                splice(pipe, None, file, Some(&mut offset), room as usize, SpliceFlags::NONBLOCK)
+            })
         };
+        let taken = match taken {
+            Ok(taken) => taken,
+            // It may be all that there is.
+            Err(error) if limit::is_full(&error) && ioctl_fionread(pipe).is_ok_and(|here| here == 0) => {
+                return Ok(if net::is_pipe_at_end(pipe) { Flow::End } else { Flow::Wait });
+            }
+            Err(error) => return Err(FillError::Store(error)),
+        };
+        if left == 0 {
+            bodies.extend(body, taken.unwrap_or(0) as u64);
+        }
         match taken {
             Ok(0) => return Ok(Flow::End),
             Ok(n) if left > 0 => {
                 bodies.append(body, &block[..n]).map_err(FillError::Store)?;
                 moved += n;
             }
-            Ok(n) => {
-                bodies.extend(body, n as u64);
-                moved += n;
-            }
+            Ok(n) => moved += n,
             Err(Errno::AGAIN) => return Ok(Flow::Wait),
             Err(Errno::INTR) => {}
             // Which of the two it was shows in the error: a pipe is not full, and has no limit.
@@ -157,31 +168,49 @@ impl Conduit {
                 pipe
             }
         };
-        let count = usize::try_from(count).unwrap_or(usize::MAX).min(net::PIPE_SIZE);
+        let count = match bodies.file_end(body, count.min(net::PIPE_SIZE as u64)) {
+            Ok(end) => end.room as usize,
+            Err(error) => {
+                self.pipe = Some((from, to));
+                // It may be all that there is.
+                return match net::peek(socket, &mut [0; 1]) {
+                    Ok(Received::End) => Ok(Carried::End),
+                    Ok(Received::Wait) => Ok(Carried::Nothing),
+                    Ok(_) => Err(FillError::Store(error)),
+                    Err(error) => Err(FillError::Read(error)),
+                };
+            }
+        };
         let here = loop {
             match splice(socket, None, &to, None, count, SpliceFlags::NONBLOCK) {
                 Ok(n) => break n as u64,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
+                    bodies.extend(body, 0);
                     self.pipe = Some((from, to));
                     return Ok(Carried::Nothing);
                 }
-                Err(error) => return Err(FillError::Read(error.into())),
+                Err(error) => {
+                    bodies.extend(body, 0);
+                    return Err(FillError::Read(error.into()));
+                }
             }
         };
         let mut left = here;
-        // Should that fail, the pipe goes, with what is in it.
+        // There is room for it. Should it fail all the same, the pipe goes, with what is in it.
         while left > 0 {
-            let (file, mut offset) = bodies.file_end(body).map_err(FillError::Store)?;
-            match splice(&from, None, file, Some(&mut offset), left as usize, SpliceFlags::empty()) {
+            let End { file, mut offset, room } = bodies.file_end(body, left).map_err(FillError::Store)?;
+            let moved = splice(&from, None, file, Some(&mut offset), room as usize, SpliceFlags::empty());
+            bodies.extend(body, moved.unwrap_or(0) as u64);
+            match moved {
                 Ok(0) => return Err(FillError::Store(Errno::NOSPC.into())),
-                Ok(n) => {
-                    bodies.extend(body, n as u64);
-                    left -= n as u64;
-                }
+                Ok(n) => left -= n as u64,
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(FillError::Store(error.into())),
             }
+        }
+        if here == 0 {
+            bodies.extend(body, 0);
         }
         self.pipe = Some((from, to));
         Ok(if here == 0 { Carried::End } else { Carried::Some(here) })
@@ -194,17 +223,11 @@ pub fn drain(bodies: &Bodies, out: &mut Outflow, target: BorrowedFd<'_>) -> io::
     let stop = known.min(out.at + TURN as u64);
     while out.at < stop {
         let count = (stop - out.at) as usize;
-        let moved = match bodies.content(out.body) {
-            Some(Content::Inline(bytes)) => {
-                let at = out.at as usize;
-                let piece = bytes.get(at..at + count).ok_or_else(missing)?;
-                write(target, piece)
-            }
-            Some(Content::File(file, start)) => {
-                let mut offset = start + out.at;
-                sendfile(target, file, Some(&mut offset), count)
-            }
-            None => return Err(missing()),
+        let (content, here) = bodies.content_at(out.body, out.at).ok_or_else(missing)?;
+        let count = usize::try_from(here).unwrap_or(usize::MAX).min(count);
+        let moved = match content {
+            Content::Inline(bytes) => write(target, bytes.get(..count).ok_or_else(missing)?),
+            Content::File(file, mut offset) => sendfile(target, file, Some(&mut offset), count),
         };
         match moved {
             Ok(0) => return Err(missing()),

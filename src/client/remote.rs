@@ -20,7 +20,7 @@ use super::{HEADER_LIMIT, TOO_MANY};
 use crate::net::{self, PipeEnd, Received};
 use crate::pump::{self, Carried, Conduit, FillError, Flow, Inflow, Outflow};
 use crate::reactor::Pollable;
-use crate::store::{Bodies, BodyId, INLINE_MAX};
+use crate::store::{Bodies, BodyId, INLINE_MAX, limit};
 use crate::wire::criu::{self, Request};
 use crate::wire::frame::{FrameReader, LENGTH, MAX_BODY};
 use crate::wire::remote::Remote;
@@ -47,8 +47,9 @@ enum State {
     Header { until: Instant },
     /// The operation waits for its turn. What came glued to a writer's header is kept.
     Queued { request: Request, early: Vec<u8> },
-    /// The image is being written; `begun`: some of it has been taken.
-    Writing { inflow: Inflow, begun: bool },
+    /// The image is being written; `begun`: some of it has been taken. `early`: what had come with the header and
+    /// is still to be stored.
+    Writing { inflow: Inflow, begun: bool, early: Vec<u8> },
     /// The image is being read; when all is `sent` the client may close, or send a pipe.
     Reading { out: Outflow, sent: bool },
 }
@@ -64,6 +65,9 @@ pub enum Step {
     Requested,
     /// The writer has reached its end of file: [`RemoteClient::written`].
     Written,
+    /// The writer has more than there is memory for, within the limit. It has lost nothing, and may go on when
+    /// there is some.
+    Full,
     /// A reader has gone, with or without all of its image.
     Over,
 }
@@ -130,22 +134,13 @@ impl RemoteClient {
         }
     }
 
-    /// Begins to write: `body` is held for it and has `start` bytes. Fails when what came with the header
-    /// can't be stored.
-    pub fn start_write(
-        &mut self,
-        key: Key,
-        body: BodyId,
-        start: u64,
-        bodies: &mut Bodies,
-    ) -> Result<(), String> {
-        let state = State::Writing { inflow: Inflow { key, body, start }, begun: false };
-        if let State::Queued { early, .. } = std::mem::replace(&mut self.state, state)
-            && !early.is_empty()
-        {
-            bodies.append(body, &early).map_err(no_memory)?;
-        }
-        Ok(())
+    /// Begins to write: `body` is held for it and has `start` bytes.
+    pub fn start_write(&mut self, key: Key, body: BodyId, start: u64) {
+        let early = match &mut self.state {
+            State::Queued { early, .. } => std::mem::take(early),
+            _ => Vec::new(),
+        };
+        self.state = State::Writing { inflow: Inflow { key, body, start }, begun: false, early };
     }
 
     /// What it is reading.
@@ -206,7 +201,16 @@ impl RemoteClient {
                 false => Ok(Step::Wait),
             },
             State::Writing { .. } if !draining => Ok(Step::Wait),
-            State::Writing { inflow, begun } if self.piped => {
+            State::Writing { inflow, early, .. } if !early.is_empty() => {
+                match bodies.append(inflow.body, early) {
+                    Ok(()) => {
+                        early.clear();
+                        Ok(Step::Again)
+                    }
+                    Err(error) => no_memory(inflow, &error, bodies),
+                }
+            }
+            State::Writing { inflow, begun, .. } if self.piped => {
                 if !std::mem::replace(begun, true) {
                     net::enlarge(self.fd.as_fd());
                 }
@@ -215,7 +219,7 @@ impl RemoteClient {
                     Ok(Flow::Again) => Ok(Step::Again),
                     Ok(Flow::End) => Ok(Step::Written),
                     Err(FillError::Read(error)) => Err(format!("could not be read from: {error}")),
-                    Err(FillError::Store(error)) => Err(no_memory(error)),
+                    Err(FillError::Store(error)) => no_memory(inflow, &error, bodies),
                 }
             }
             State::Writing { .. } => self.write_from_socket(bodies, block, conduit),
@@ -295,11 +299,22 @@ impl RemoteClient {
                     Ok(Carried::Nothing) => return Ok(Step::Wait),
                     Ok(Carried::End) => return Ok(Step::Written),
                     Err(FillError::Read(error)) => return Err(format!("could not be read from: {error}")),
-                    Err(FillError::Store(error)) => return Err(no_memory(error)),
+                    Err(FillError::Store(error)) => return no_memory(inflow, &error, bodies),
                 }
                 continue;
             }
-            let block = &mut block[..INLINE_MAX];
+            let room = match bodies.room(inflow.body, INLINE_MAX as u64) {
+                Ok(room) => room as usize,
+                Err(error) => {
+                    // What comes may be its end, or a pipe; and a descriptor is not lost.
+                    return match net::peek(self.fd.as_fd(), &mut [0; 1]) {
+                        Ok(Received::End) => Ok(Step::Written),
+                        Ok(Received::Wait) => Ok(Step::Wait),
+                        _ => no_memory(inflow, &error, bodies),
+                    };
+                }
+            };
+            let block = &mut block[..room];
             let (n, descriptor) = match net::receive(self.fd.as_fd(), block) {
                 Ok(Received::Bytes(n, descriptor)) => (n, descriptor),
                 Ok(Received::Wait) => return Ok(Step::Wait),
@@ -312,7 +327,9 @@ impl RemoteClient {
                 self.change_to(pipe, PipeEnd::Read)?;
                 return Ok(Step::Again);
             }
-            bodies.append(inflow.body, fed.data).map_err(no_memory)?;
+            if let Err(error) = bodies.append(inflow.body, fed.data) {
+                return Err(format!("was stopped: {}", bodies.refusal(&inflow.key, inflow.body, &error)));
+            }
             moved += n;
         }
         Ok(Step::Again)
@@ -377,8 +394,11 @@ impl RemoteClient {
     }
 }
 
-fn no_memory(error: std::io::Error) -> String {
-    format!("could not be stored: {error}")
+fn no_memory(inflow: &Inflow, error: &std::io::Error, bodies: &Bodies) -> Result<Step, String> {
+    match limit::is_full(error) {
+        true => Ok(Step::Full),
+        false => Err(format!("was stopped: {}", bodies.refusal(&inflow.key, inflow.body, error))),
+    }
 }
 
 /// Whether a write failed because the reader has closed.

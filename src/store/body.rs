@@ -7,14 +7,28 @@
 //! copy. Each memfd costs a descriptor, so when a fixed share of RLIMIT_NOFILE is used up, further large
 //! bodies lie side by side in one shared memfd, the arena. It is sparse: every body has [`ARENA_SLOT`]
 //! bytes of file offsets to itself, and only what is written takes memory.
+//!
+//! What a body takes is counted before it is taken: inline what is reserved for it, in a file its whole pages; and
+//! what an image of a peer takes beside its bytes. When the limit is reached, a body grows no more; or, with a spill
+//! file, it goes on there, from where it was, in a tail of chunks. What it has in memory stays there. So whoever
+//! reads takes piece by piece ([`Bodies::content_at`]).
+
+mod growing;
+mod place;
+mod reading;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::fs::{FallocateFlags, fallocate};
 
+use super::limit::Account;
+use super::spill::{CHUNK, SpillFile};
 use crate::table::{Id, Table};
+use crate::wire::Key;
+
+pub use growing::End;
 
 /// Bodies up to this many bytes stay inline. Most of CRIU's images are a few hundred bytes; a memfd costs
 /// a descriptor, an inode (about 1 KiB of kernel memory) and whole pages.
@@ -23,6 +37,9 @@ pub const INLINE_MAX: usize = 16 * 1024;
 /// The offsets that one body has in the arena: the longest body there, in bytes (1 TiB). The file may
 /// have 2^63 bytes, so that 8 million bodies find a place.
 pub const ARENA_SLOT: u64 = 1 << 40;
+
+/// What an image takes beside its bytes and its name, in bytes: its places in the tables.
+const IMAGE: u64 = 256;
 
 /// The name of one body.
 pub type BodyId = Id;
@@ -37,20 +54,53 @@ pub struct Bodies {
     // Slots given back, and how many there have ever been.
     free_slots: Vec<u32>,
     slots: u32,
+    account: Account,
+    spill: Option<SpillFile>,
+    page: u64,
 }
 
 #[derive(Debug)]
 struct Body {
     holders: u32,
+    // What is counted for the image beside its bytes.
+    beside: u32,
     len: u64,
     place: Place,
+    tail: Option<Box<Tail>>,
 }
+
+/// The pages of a file that are counted: from what has been punched out to the page of the last byte, or to
+/// where room has been made.
+type Pages = Range<u64>;
 
 #[derive(Debug)]
 enum Place {
     Inline(Vec<u8>),
-    Memfd(OwnedFd),
-    Arena(u32),
+    Memfd(OwnedFd, Pages),
+    Arena(u32, Pages),
+}
+
+/// What lies in the spill file: the bytes behind the first `from`.
+#[derive(Debug)]
+struct Tail {
+    from: u64,
+    chunks: Vec<u32>,
+}
+
+impl Body {
+    // What of the limit it takes.
+    fn charge(&self) -> u64 {
+        u64::from(self.beside)
+            + match &self.place {
+                Place::Inline(bytes) => bytes.capacity() as u64,
+                Place::Memfd(_, pages) | Place::Arena(_, pages) => pages.end.saturating_sub(pages.start),
+            }
+    }
+
+    // How many of its bytes are in memory, or in memory files.
+    fn in_memory(&self) -> u64 {
+        self.tail.as_ref().map_or(self.len, |tail| tail.from)
+    }
 }
 
 /// Where the bytes of a body are.
@@ -72,12 +122,43 @@ impl Bodies {
             arena: None,
             free_slots: Vec::new(),
             slots: 0,
+            account: Account::default(),
+            spill: None,
+            page: rustix::param::page_size() as u64,
         }
+    }
+
+    /// The same with a limit of so many bytes; beyond it bodies grow in the spill file, if there is one.
+    pub fn limited(self, limit: Option<u64>, spill: Option<SpillFile>) -> Self {
+        let mut account = Account::new(limit);
+        if let (Some(limit), Some(_)) = (limit, &spill) {
+            // The images themselves can't go there, only their bytes.
+            account.keep_back(limit / 16);
+        }
+        Self { account, spill, ..self }
     }
 
     /// A new, empty body with one holder.
     pub fn create(&mut self) -> BodyId {
-        self.bodies.insert(Body { holders: 1, len: 0, place: Place::Inline(Vec::new()) })
+        self.bodies.insert(Body {
+            holders: 1,
+            beside: 0,
+            len: 0,
+            place: Place::Inline(Vec::new()),
+            tail: None,
+        })
+    }
+
+    /// The same for an image that a peer sends: it is counted as well, with its name, since there may be any number
+    /// of them. The error is a sentence.
+    pub fn create_for(&mut self, key: &Key) -> Result<BodyId, String> {
+        let beside = IMAGE + (key.name.len() + key.snapshot_id.len()) as u64;
+        self.account.take_at_any_rate(beside).map_err(|full| format!("{key} can't be taken in: {full}"))?;
+        let id = self.create();
+        if let Some(body) = self.bodies.get_mut(id) {
+            body.beside = beside as u32;
+        }
+        Ok(id)
     }
 
     /// One holder more. A body that is gone stays so.
@@ -94,104 +175,96 @@ impl Bodies {
         if body.holders > 0 {
             return;
         }
-        match self.bodies.remove(id).map(|body| body.place) {
-            Some(Place::Memfd(_)) => self.memfds -= 1,
-            Some(Place::Arena(slot)) => self.free_slot(slot),
-            Some(Place::Inline(_)) | None => {}
+        let Some(body) = self.bodies.remove(id) else { return };
+        self.account.give(body.charge());
+        match body.place {
+            Place::Memfd(..) => self.memfds -= 1,
+            Place::Arena(slot, _) => self.free_slot(slot),
+            Place::Inline(_) => {}
         }
-    }
-
-    /// Adds `data` at the end. On error (no memory, no descriptor) nothing has changed.
-    pub fn append(&mut self, id: BodyId, data: &[u8]) -> io::Result<()> {
-        let Some(body) = self.bodies.get(id) else { return Err(gone()) };
-        if let Place::Inline(bytes) = &body.place
-            && bytes.len() + data.len() > INLINE_MAX
-        {
-            self.spill(id)?;
-        }
-        let arena = self.arena.as_ref();
-        let Some(body) = self.bodies.get_mut(id) else { return Err(gone()) };
-        let end = body.len + data.len() as u64;
-        match &mut body.place {
-            Place::Inline(bytes) => bytes.extend_from_slice(data),
-            Place::Memfd(fd) => write_all(fd.as_fd(), data, body.len)?,
-            Place::Arena(slot) => {
-                if end > ARENA_SLOT {
-                    return Err(Errno::FBIG.into());
-                }
-                let arena = arena.ok_or_else(gone)?;
-                write_all(arena.as_fd(), data, slot_start(*slot) + body.len)?;
-            }
-        }
-        body.len = end;
-        Ok(())
-    }
-
-    /// The file in which the body's end is, and where in it: for bytes that are moved there by the kernel.
-    /// [`Bodies::extend`] then makes them a part of the body.
-    pub fn file_end(&mut self, id: BodyId) -> io::Result<(BorrowedFd<'_>, u64)> {
-        if matches!(self.bodies.get(id), Some(Body { place: Place::Inline(_), .. })) {
-            self.spill(id)?;
-        }
-        let Some(body) = self.bodies.get(id) else { return Err(gone()) };
-        match &body.place {
-            Place::Inline(_) => Err(gone()),
-            Place::Memfd(fd) => Ok((fd.as_fd(), body.len)),
-            Place::Arena(slot) => {
-                let arena = self.arena.as_ref().ok_or_else(gone)?;
-                Ok((arena.as_fd(), slot_start(*slot) + body.len))
-            }
-        }
-    }
-
-    /// How many bytes may be added at the body's end.
-    pub fn room(&self, id: BodyId) -> u64 {
-        match self.bodies.get(id) {
-            Some(Body { place: Place::Arena(_), len, .. }) => ARENA_SLOT.saturating_sub(*len),
-            Some(body) => (i64::MAX as u64).saturating_sub(body.len),
-            None => 0,
-        }
-    }
-
-    /// So many bytes have been written at [`Bodies::file_end`].
-    pub fn extend(&mut self, id: BodyId, bytes: u64) {
-        if let Some(body) = self.bodies.get_mut(id) {
-            body.len += bytes;
+        if let (Some(tail), Some(spill)) = (body.tail, &mut self.spill) {
+            tail.chunks.into_iter().for_each(|chunk| spill.give(chunk));
         }
     }
 
     /// Gives the memory of the whole pages between `from` and `to` back, and returns where it stopped. What was
     /// there reads as zeros. Of an inline body nothing is given back.
-    pub fn punch(&self, id: BodyId, from: u64, to: u64) -> io::Result<u64> {
-        let page = rustix::param::page_size() as u64;
-        let to = to / page * page;
+    pub fn punch(&mut self, id: BodyId, from: u64, to: u64) -> io::Result<u64> {
+        let to = to / self.page * self.page;
         if to <= from {
             return Ok(from);
         }
-        if let Some(Content::File(file, start)) = self.content(id) {
-            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(file, hole, start + from, to - from)?;
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let mut at = from;
+        while at < to {
+            let Some((content, here)) = self.content_at(id, at).filter(|(_, here)| *here > 0) else { break };
+            let count = here.min(to - at);
+            if let Content::File(file, offset) = content {
+                fallocate(file, hole, offset, count)?;
+            }
+            at += count;
+        }
+        let page = self.page;
+        let Some(body) = self.bodies.get_mut(id) else { return Ok(to) };
+        let punched = to.min(body.in_memory() / page * page);
+        if let Place::Memfd(_, pages) | Place::Arena(_, pages) = &mut body.place
+            && (from..=punched).contains(&pages.start)
+        {
+            self.account.give(punched - pages.start);
+            pages.start = punched;
         }
         Ok(to)
     }
 
     /// Takes away what is behind the first `len` bytes: an append that failed.
     pub fn truncate(&mut self, id: BodyId, len: u64) {
+        let (up, down) = (self.up(len), len / self.page * self.page);
         let Some(body) = self.bodies.get_mut(id) else { return };
-        if len < body.len {
-            if let Place::Inline(bytes) = &mut body.place {
-                bytes.truncate(len as usize);
+        if len >= body.len {
+            return;
+        }
+        let before = body.charge();
+        body.len = len;
+        if let (Some(tail), Some(spill)) = (&mut body.tail, &mut self.spill) {
+            let kept = len.saturating_sub(tail.from).div_ceil(CHUNK) as usize;
+            tail.chunks.drain(kept.min(tail.chunks.len())..).for_each(|chunk| spill.give(chunk));
+            if len > tail.from {
+                return;
             }
-            // In a file the bytes stay until they are overwritten; nobody reads past `len`.
-            body.len = len;
+        }
+        body.tail = None;
+        let freed = match &mut body.place {
+            Place::Inline(bytes) => {
+                bytes.truncate(len as usize);
+                None
+            }
+            // Nobody reads past `len`. What is left of the last page stays until it is overwritten.
+            Place::Memfd(_, pages) | Place::Arena(_, pages) => {
+                let freed = up..pages.end;
+                *pages = pages.start.min(down)..up;
+                Some(freed)
+            }
+        };
+        self.account.correct(before, body.charge());
+        if let Some(freed) = freed.filter(|freed| !freed.is_empty())
+            && let Ok(end) = self.end_in_memory(id, 0)
+        {
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let start = end.offset - len + freed.start;
+            if let Err(error) = fallocate(end.file, hole, start, freed.end - freed.start) {
+                log::warn!("freeing the end of an image failed: {error}");
+            }
         }
     }
 
     /// The body will hardly grow any more: what was reserved for growth is given back.
     pub fn settle(&mut self, id: BodyId) {
-        if let Some(Body { place: Place::Inline(bytes), .. }) = self.bodies.get_mut(id) {
+        let Some(body) = self.bodies.get_mut(id) else { return };
+        let before = body.charge();
+        if let Place::Inline(bytes) = &mut body.place {
             bytes.shrink_to_fit();
         }
+        self.account.correct(before, body.charge());
     }
 
     /// How many bytes there are.
@@ -199,99 +272,38 @@ impl Bodies {
         self.bodies.get(id).map_or(0, |body| body.len)
     }
 
-    /// Where the bytes are; None when the body is gone.
-    pub fn content(&self, id: BodyId) -> Option<Content<'_>> {
-        Some(match &self.bodies.get(id)?.place {
-            Place::Inline(bytes) => Content::Inline(bytes),
-            Place::Memfd(fd) => Content::File(fd.as_fd(), 0),
-            Place::Arena(slot) => Content::File(self.arena.as_ref()?.as_fd(), slot_start(*slot)),
-        })
-    }
-
-    /// A copy of the bytes `from..to`. Only for what is known to be small.
-    pub fn range(&self, id: BodyId, from: u64, to: u64) -> io::Result<Vec<u8>> {
-        if from > to || to > self.len(id) {
-            return Err(gone());
-        }
-        let (file, start) = match self.content(id).ok_or_else(gone)? {
-            Content::Inline(bytes) => {
-                return Ok(bytes.get(from as usize..to as usize).ok_or_else(gone)?.to_vec());
-            }
-            Content::File(file, start) => (file, start + from),
-        };
-        let mut bytes = vec![0; (to - from) as usize];
-        let mut done = 0;
-        while done < bytes.len() {
-            match pread(file, &mut bytes[done..], start + done as u64)? {
-                0 => return Err(gone()),
-                n => done += n,
-            }
-        }
-        Ok(bytes)
-    }
-
     /// How many bodies there are.
     pub fn count(&self) -> usize {
         self.bodies.len()
     }
 
-    // Moves an inline body to a file.
-    fn spill(&mut self, id: BodyId) -> io::Result<()> {
-        let own = if self.memfds < self.max_memfds { memfd().ok() } else { None };
-        // With no descriptor left, although the budget says otherwise, the arena takes it as well.
-        let place = match own {
-            Some(fd) => Place::Memfd(fd),
-            None => Place::Arena(self.take_slot()?),
-        };
-        let Some(body) = self.bodies.get_mut(id) else { return Err(gone()) };
-        let (file, start) = match &place {
-            Place::Memfd(fd) => (fd.as_fd(), 0),
-            Place::Arena(slot) => (self.arena.as_ref().ok_or_else(gone)?.as_fd(), slot_start(*slot)),
-            Place::Inline(_) => return Err(gone()),
-        };
-        let written = match &body.place {
-            Place::Inline(bytes) if bytes.is_empty() => Ok(()),
-            Place::Inline(bytes) => write_all(file, bytes, start),
-            Place::Memfd(_) | Place::Arena(_) => Ok(()),
-        };
-        if let Err(error) = written {
-            if let Place::Arena(slot) = place {
-                self.free_slot(slot);
-            }
-            return Err(error);
-        }
-        self.memfds += usize::from(matches!(place, Place::Memfd(_)));
-        body.place = place;
-        Ok(())
+    /// How much memory all bodies take, in bytes, as the limit counts it.
+    pub fn used(&self) -> u64 {
+        self.account.used()
     }
 
-    fn take_slot(&mut self) -> io::Result<u32> {
-        if self.arena.is_none() {
-            let arena = memfd()?;
-            // As long as can be, once: the writes below never have to extend it.
-            ftruncate(&arena, i64::MAX as u64)?;
-            self.arena = Some(arena);
-        }
-        if let Some(slot) = self.free_slots.pop() {
-            return Ok(slot);
-        }
-        if u64::from(self.slots) + 1 >= (1 << 63) / ARENA_SLOT {
-            return Err(Errno::NOSPC.into());
-        }
-        self.slots += 1;
-        Ok(self.slots - 1)
+    /// How much of it this body takes.
+    pub fn memory(&self, id: BodyId) -> u64 {
+        self.bodies.get(id).map_or(0, Body::charge)
     }
 
-    fn free_slot(&mut self, slot: u32) {
-        if let Some(arena) = &self.arena {
-            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            // The whole slot: what a failed append left behind the body's end goes too.
-            if let Err(error) = fallocate(arena, hole, slot_start(slot), ARENA_SLOT) {
-                // The memory comes back when the slot is used again.
-                log::warn!("freeing a part of the arena failed: {error}");
-            }
-        }
-        self.free_slots.push(slot);
+    /// How much more may be taken.
+    pub fn left(&self) -> u64 {
+        self.account.left()
+    }
+
+    /// The limit at which bodies grow no more, in bytes; None: there is none, or they go on in the spill file.
+    pub fn hard_limit(&self) -> Option<u64> {
+        self.account.limit().filter(|_| self.spill.is_none())
+    }
+
+    /// From now on memory is taken beyond the limit, or no longer. Returns whether that has changed.
+    pub fn set_yields(&mut self, yields: bool) -> bool {
+        self.account.set_yields(yields)
+    }
+
+    fn up(&self, len: u64) -> u64 {
+        len.div_ceil(self.page).saturating_mul(self.page)
     }
 }
 
@@ -299,125 +311,9 @@ fn slot_start(slot: u32) -> u64 {
     u64::from(slot) * ARENA_SLOT
 }
 
-fn memfd() -> io::Result<OwnedFd> {
-    Ok(memfd_create("criu-relay", MemfdFlags::CLOEXEC)?)
-}
-
-fn write_all(file: BorrowedFd<'_>, mut data: &[u8], mut offset: u64) -> io::Result<()> {
-    while !data.is_empty() {
-        match pwrite(file, data, offset) {
-            Ok(0) => return Err(Errno::NOSPC.into()),
-            Ok(n) => {
-                data = &data[n..];
-                offset += n as u64;
-            }
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
-}
-
 fn gone() -> io::Error {
     io::Error::other("the image's memory has been freed")
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pattern(len: usize, seed: u8) -> Vec<u8> {
-        (0..len).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect()
-    }
-
-    fn place(bodies: &Bodies, id: BodyId) -> &'static str {
-        match bodies.bodies.get(id).unwrap().place {
-            Place::Inline(_) => "inline",
-            Place::Memfd(_) => "memfd",
-            Place::Arena(_) => "arena",
-        }
-    }
-
-    #[test]
-    fn grows_from_inline_to_a_file() {
-        let mut bodies = Bodies::new(10);
-        let id = bodies.create();
-        let bytes = pattern(3 * INLINE_MAX, 1);
-        for piece in bytes.chunks(1000) {
-            bodies.append(id, piece).unwrap();
-            let expected = if bodies.len(id) as usize <= INLINE_MAX { "inline" } else { "memfd" };
-            assert_eq!(place(&bodies, id), expected);
-        }
-        assert_eq!(bodies.range(id, 0, bytes.len() as u64).unwrap(), bytes);
-    }
-
-    #[test]
-    fn beyond_the_budget_bodies_share_the_arena() {
-        let mut bodies = Bodies::new(1);
-        let ids: Vec<_> = (0..4).map(|_| bodies.create()).collect();
-        let contents: Vec<_> = (0..4).map(|i| pattern(INLINE_MAX + 5000 * i + 1, i as u8)).collect();
-        // Interleaved, so that each grows beside the others.
-        for at in (0..contents[3].len()).step_by(4096) {
-            for (id, content) in ids.iter().zip(&contents) {
-                if at < content.len() {
-                    bodies.append(*id, &content[at..content.len().min(at + 4096)]).unwrap();
-                }
-            }
-        }
-        let places: Vec<_> = ids.iter().map(|id| place(&bodies, *id)).collect();
-        assert_eq!(places, ["memfd", "arena", "arena", "arena"]);
-        for (id, content) in ids.iter().zip(&contents) {
-            assert_eq!(&bodies.range(*id, 0, content.len() as u64).unwrap(), content);
-        }
-        // Freed places are used again, and the memfd's budget too.
-        bodies.release(ids[0]);
-        bodies.release(ids[2]);
-        let (a, b) = (bodies.create(), bodies.create());
-        bodies.append(a, &contents[3]).unwrap();
-        bodies.append(b, &contents[3]).unwrap();
-        assert_eq!((place(&bodies, a), place(&bodies, b)), ("memfd", "arena"));
-        assert_eq!(bodies.slots, 3);
-        assert_eq!(bodies.range(b, 0, contents[3].len() as u64).unwrap(), contents[3]);
-        assert_eq!(bodies.range(ids[3], 0, contents[3].len() as u64).unwrap(), contents[3]);
-    }
-
-    #[test]
-    fn freed_arena_space_goes_back_to_the_system() {
-        let mut bodies = Bodies::new(0);
-        let id = bodies.create();
-        bodies.append(id, &pattern(1 << 20, 0)).unwrap();
-        let blocks = |bodies: &Bodies| rustix::fs::fstat(bodies.arena.as_ref().unwrap()).unwrap().st_blocks;
-        assert!(blocks(&bodies) >= 2048);
-        bodies.release(id);
-        assert_eq!(blocks(&bodies), 0);
-    }
-
-    #[test]
-    fn a_body_lives_as_long_as_a_holder() {
-        let mut bodies = Bodies::new(1);
-        let id = bodies.create();
-        bodies.append(id, b"abc").unwrap();
-        bodies.hold(id);
-        bodies.release(id);
-        assert_eq!(bodies.len(id), 3);
-        bodies.release(id);
-        assert!(bodies.content(id).is_none());
-        assert!(bodies.append(id, b"x").is_err());
-        assert_eq!(bodies.count(), 0);
-    }
-
-    #[test]
-    fn a_failed_append_is_taken_back() {
-        for len in [10, INLINE_MAX * 2] {
-            let mut bodies = Bodies::new(1);
-            let id = bodies.create();
-            let bytes = pattern(len, 3);
-            bodies.append(id, &bytes).unwrap();
-            bodies.append(id, b"half").unwrap();
-            bodies.truncate(id, len as u64);
-            bodies.append(id, b"new").unwrap();
-            let expected: Vec<u8> = bytes.iter().copied().chain(*b"new").collect();
-            assert_eq!(bodies.range(id, 0, (len + 3) as u64).unwrap(), expected);
-        }
-    }
-}
+mod tests;

@@ -3,8 +3,11 @@
 
 pub mod body;
 pub mod catalog;
+pub mod limit;
+pub mod spill;
 pub mod waits;
 
 pub use body::{Bodies, BodyId, Content, INLINE_MAX};
 pub use catalog::{Catalog, Image};
+pub use spill::SpillFile;
 pub use waits::Waits;
