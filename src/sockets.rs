@@ -108,12 +108,26 @@ pub fn check_dir(dir: &Path) -> Result<(), String> {
     }
     if meta.mode() & 0o022 != 0 {
         return Err(format!(
-            "the directory {} is writable by others (mode {:04o}): chmod go-w it, or choose another with -D and -W",
+            "the directory {} is writable by others (mode {:04o}): chmod go-w it, or choose another",
             dir.display(),
             meta.mode() & 0o7777
         ));
     }
     Ok(())
+}
+
+/// Keeps every other criu-relay from changing what is in a directory, until it is dropped. It waits for whoever
+/// has it: at start-up only.
+pub fn lock_dir(dir: &Path) -> Result<OwnedFd, String> {
+    let wrong = |error: Errno| format!("the directory {} can't be locked: {error}", dir.display());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let lock = open(dir, flags, Mode::empty()).map_err(wrong)?;
+    loop {
+        match flock(&lock, FlockOperation::LockExclusive) {
+            Err(Errno::INTR) => {}
+            locked => return locked.map(|()| lock).map_err(wrong),
+        }
+    }
 }
 
 // Makes sure that `path` can be created in `dir`, and locks the directory until it has been.
@@ -125,10 +139,7 @@ fn free_place(dir: &Path, path: &Path) -> Result<OwnedFd, String> {
             path.display()
         ));
     }
-    let wrong = |error: Errno| format!("the directory {} can't be locked: {error}", dir.display());
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let lock = open(dir, flags, Mode::empty()).map_err(wrong)?;
-    flock(&lock, FlockOperation::LockExclusive).map_err(wrong)?;
+    let lock = lock_dir(dir)?;
     let kind = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(lock),
         Err(error) => return Err(format!("{}: {error}", path.display())),
