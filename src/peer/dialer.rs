@@ -19,6 +19,8 @@ pub struct Dialer {
     addresses: Vec<SocketAddr>,
     next: usize,
     window: Duration,
+    // Of a search that is none for a link that was lost.
+    usual: Duration,
     searching: bool,
     // When the next attempt may begin; None: one is under way.
     attempt_at: Option<Instant>,
@@ -38,6 +40,7 @@ impl Dialer {
             addresses,
             next: 0,
             window,
+            usual: window,
             searching: false,
             attempt_at: None,
             until: None,
@@ -57,6 +60,11 @@ impl Dialer {
         if for_ever || !flaps {
             self.limit(now, for_ever);
         }
+    }
+
+    /// From now on a search has this window, or the usual one.
+    pub fn within(&mut self, window: Option<Duration>) {
+        self.window = window.unwrap_or(self.usual);
     }
 
     /// The last link has done its work, however short it was.
@@ -107,6 +115,11 @@ impl Dialer {
         self.failed = true;
         self.next = (self.next + 1) % self.addresses.len().max(1);
         self.attempt_at = Some(if self.next == 0 { now + PAUSE } else { now });
+    }
+
+    /// The attempt was given up: should the search go on, its address is tried again.
+    pub fn abandoned(&mut self, now: Instant) {
+        self.attempt_at.get_or_insert(now);
     }
 
     /// The attempt succeeded: the search is over.
@@ -176,6 +189,34 @@ mod tests {
         assert!(dialer.why().contains("127.0.0.1:1 or [::1]:1 within 3 s (refused)"));
         dialer.start(start, true);
         assert!(!dialer.gave_up(start + Duration::from_secs(1000)));
+    }
+
+    #[test]
+    fn an_attempt_that_was_given_up_is_made_again() {
+        let address = "127.0.0.1:1".parse().unwrap();
+        let mut dialer = Dialer::new(vec![address], Duration::from_secs(3));
+        let now = Instant::now();
+        dialer.start(now, false);
+        assert_eq!((dialer.due(now), dialer.due(now)), (Some(address), None));
+        dialer.abandoned(now);
+        assert_eq!(dialer.due(now), Some(address));
+        dialer.succeeded(now);
+        dialer.abandoned(now);
+        assert_eq!(dialer.due(now), None, "the search is over");
+    }
+
+    #[test]
+    fn a_search_for_a_lost_link_has_a_window_of_its_own() {
+        let second = Duration::from_secs(1);
+        let mut dialer = Dialer::new(vec!["127.0.0.1:1".parse().unwrap()], 30 * second);
+        let now = Instant::now();
+        dialer.within(Some(2 * second));
+        dialer.start(now, false);
+        assert!(!dialer.gave_up(now + second) && dialer.gave_up(now + 2 * second));
+        assert!(dialer.why().contains("within 2 s"), "{}", dialer.why());
+        dialer.within(None);
+        dialer.start(now, false);
+        assert!(!dialer.gave_up(now + 29 * second) && dialer.gave_up(now + 30 * second));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, connect, recv, send, shutdown,
 use super::dialer::ATTEMPT;
 use super::outq::unacknowledged;
 use super::sender::Sender;
+use super::silence::{CACHE_LOST, Silence};
 use super::{Choice, Protocol};
 use crate::net;
 use crate::pump::Flow;
@@ -64,8 +65,12 @@ enum State {
     Relay {
         idle: bool,
         decoder: Decoder,
+        // What the cache said right behind its welcome.
+        behind: Vec<Kind>,
         // What was wrong behind something that the cache has said.
         broken: Option<String>,
+        // A cache of the first minor version may be silent while it lets us wait our turn.
+        silence: Option<Silence>,
     },
     /// Everything is sent, our half is shut. The send queue is looked at next at `look_at`; None: it can't be
     /// known.
@@ -140,17 +145,19 @@ impl Link {
                 }
                 give(sender, Protocol::Seed, old, bodies, &self.fd, idle)
             }
+            State::Relay { behind, .. } if !behind.is_empty() => LinkStep::Heard(std::mem::take(behind)),
             State::Relay { broken: Some(why), .. } => LinkStep::Lost(std::mem::take(why)),
-            State::Relay { idle, decoder, broken } => {
+            State::Relay { idle, decoder, broken, silence, .. } => {
                 let mut heard = Vec::new();
-                let heed = |kind: &Kind| {
-                    let is_ack = matches!(kind, Kind::Ack(_));
-                    if is_ack {
-                        sender.acknowledged();
+                let heed = |kind: &Kind| match kind {
+                    Kind::Ack(ack) => {
+                        sender.acknowledged(ack);
+                        false
                     }
-                    !is_ack
+                    Kind::Pong(_) => false,
+                    _ => true,
                 };
-                match listen(&self.fd, decoder, block, &mut heard, heed) {
+                match listen(&self.fd, decoder, block, &mut heard, silence, heed) {
                     // What it said last may be why.
                     ended if !heard.is_empty() => {
                         *broken = ended.err();
@@ -158,10 +165,10 @@ impl Link {
                     }
                     Ok(()) => match give(sender, Protocol::Relay, false, bodies, &self.fd, idle) {
                         // What it said before it closed explains more than the error does.
-                        LinkStep::Lost(why) => match listen(&self.fd, decoder, block, &mut heard, |_| true) {
-                            _ if !heard.is_empty() => LinkStep::Heard(heard),
-                            _ => LinkStep::Lost(why),
-                        },
+                        LinkStep::Lost(why) => {
+                            let _ = listen(&self.fd, decoder, block, &mut heard, silence, |_| true);
+                            if heard.is_empty() { LinkStep::Lost(why) } else { LinkStep::Heard(heard) }
+                        }
                         step => step,
                     },
                     Err(why) => LinkStep::Lost(why),
@@ -221,9 +228,16 @@ impl Link {
         matches!(self.state, State::Closing { .. })
     }
 
-    /// The time for the welcome is up, or the attempt took too long.
-    pub fn expired(&mut self) -> LinkStep {
-        match self.state {
+    /// The time for the welcome is up, or the attempt took too long, or the cache has been silent for a while.
+    pub fn expired(&mut self, sender: &mut Sender) -> LinkStep {
+        match &mut self.state {
+            State::Relay { silence: Some(silence), .. } => match silence.expired(Instant::now()) {
+                Some(token) => {
+                    sender.ping(token);
+                    LinkStep::Again
+                }
+                None => LinkStep::Lost(format!("nothing was heard of it for {} s", CACHE_LOST.as_secs())),
+            },
             State::Greeting { .. } if self.choice.allows(Protocol::Seed) => {
                 self.state = State::Seed { idle: true, old: true };
                 LinkStep::Up(None)
@@ -236,12 +250,13 @@ impl Link {
         }
     }
 
-    /// Closes it so that the peer sees a failure, and learns what it was if it can be told.
-    pub fn fail(self, sender: &mut Sender, why: &str) {
+    /// Closes it so that the peer sees a failure, and learns what it was if it can be told: whether it could.
+    pub fn fail(self, sender: &mut Sender, why: &str) -> bool {
         let told = self.protocol() == Some(Protocol::Relay) && sender.fail(why, self.fd.as_fd());
         if !told {
             net::reset(self.fd);
         }
+        told
     }
 
     fn connected(&mut self) -> LinkStep {
@@ -277,13 +292,20 @@ impl Link {
     fn greeted(&mut self, block: &mut [u8]) -> LinkStep {
         let State::Greeting { decoder, .. } = &mut self.state else { return LinkStep::Wait };
         let mut heard = Vec::new();
-        let ended = listen(&self.fd, decoder, block, &mut heard, |_| true);
-        // A cache says nothing behind its welcome before it has been told of a session.
-        match heard.into_iter().next() {
+        let ended = listen(&self.fd, decoder, block, &mut heard, &mut None, |_| true);
+        let mut heard = heard.into_iter();
+        match heard.next() {
             Some(Kind::Welcome(welcome)) => match relay::check_version(welcome.major) {
                 Ok(()) => {
                     let decoder = std::mem::take(decoder);
-                    self.state = State::Relay { idle: true, decoder, broken: None };
+                    let pings = welcome.minor >= relay::PINGS_SINCE;
+                    let silence = pings.then(|| Silence::new(Instant::now()));
+                    if pings {
+                        net::let_wait(&self.fd);
+                    }
+                    // It may have said more, and gone.
+                    let (behind, broken) = (heard.collect(), ended.err());
+                    self.state = State::Relay { idle: true, decoder, behind, broken, silence };
                     LinkStep::Up(Some(welcome))
                 }
                 Err(error) => LinkStep::Refused(format!("it {error}")),
@@ -323,6 +345,7 @@ fn listen(
     decoder: &mut Decoder,
     block: &mut [u8],
     heard: &mut Vec<Kind>,
+    silence: &mut Option<Silence>,
     mut heed: impl FnMut(&Kind) -> bool,
 ) -> Result<(), String> {
     let mut blocks = 0;
@@ -335,6 +358,7 @@ fn listen(
             Err(error) => return Err(error.to_string()),
         };
         blocks += u32::from(n == block.len());
+        *silence = silence.take().map(|_| Silence::new(Instant::now()));
         let mut input = &block[..n];
         while let Some(item) = decoder.next(&mut input).map_err(|error| format!("the peer {error}"))? {
             match item {
@@ -385,7 +409,8 @@ impl Pollable for Link {
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Connecting { until } | State::Greeting { until, .. } => Some(until),
-            State::Seed { .. } | State::Relay { .. } => None,
+            State::Seed { .. } => None,
+            State::Relay { ref silence, .. } => silence.as_ref().map(Silence::until),
             State::Closing { look_at, .. } => look_at,
         }
     }

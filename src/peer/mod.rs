@@ -7,7 +7,9 @@ pub mod link;
 pub mod outq;
 pub mod receiver;
 pub mod relay;
+pub mod resume;
 pub mod sender;
+pub mod silence;
 
 /// What is spoken on a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -202,11 +202,11 @@ impl Receiver {
                 let held = |key: &Key| catalog.get(key).map_or(0, |image| image.len);
                 match self.decoder.next(&mut input, held).map_err(|error| error.to_string())? {
                     None => break,
-                    Some(Item::Begin(transfer)) => self.begin(transfer, catalog, bodies),
+                    Some(Item::Begin(transfer)) => self.begin(transfer, catalog, bodies)?,
                     Some(Item::Data(data)) => {
                         let Some(inflow) = &self.current else { continue };
                         bodies.append(inflow.body, data).map_err(|error| {
-                            format!("was stopped{}: no memory for it: {error}", self.position(bodies))
+                            format!("was stopped: {}", bodies.refusal(&inflow.key, inflow.body, &error))
                         })?;
                     }
                     Some(Item::End) => {
@@ -230,16 +230,17 @@ impl Receiver {
         net::reset(self.fd);
     }
 
-    fn begin(&mut self, transfer: Transfer, catalog: &Catalog, bodies: &mut Bodies) {
+    fn begin(&mut self, transfer: Transfer, catalog: &Catalog, bodies: &mut Bodies) -> Result<(), String> {
         let existing = catalog.get(&transfer.key).filter(|_| transfer.mode == WriteMode::Append);
         let (body, start) = match existing {
             Some(image) => {
                 bodies.hold(image.body);
                 (image.body, image.len)
             }
-            None => (bodies.create(), 0),
+            None => (bodies.create_for(&transfer.key).map_err(|why| format!("was stopped: {why}"))?, 0),
         };
         self.current = Some(Inflow { key: transfer.key, body, start });
+        Ok(())
     }
 
     fn end(&self, bodies: &Bodies) -> Result<Arrival, String> {

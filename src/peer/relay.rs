@@ -8,7 +8,6 @@
 //!
 //! Owns the TCP socket. The bodies of the images that are arriving are held.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -17,6 +16,8 @@ use mio::Interest;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::resume::{Arriving, Progress};
+use super::silence::{PING, PROXY_LOST};
 use crate::net::{self, Received};
 use crate::pump::{self, Carried, Conduit, FillError, Inflow};
 use crate::reactor::Pollable;
@@ -51,10 +52,9 @@ pub struct RelayPeer {
     // A session that its role has not accepted yet: nothing more is read.
     offered: Option<Hello>,
     session: Option<SessionId>,
-    arriving: HashMap<u64, Arriving>,
-    images: u64,
-    bytes: u64,
-    last: u64,
+    progress: Progress,
+    // When something of it was heard last; while it waits its turn, when it was told so last.
+    heard_at: Instant,
     splicing: bool,
     sip: bool,
     // What was read behind a message that its role has to decide about first.
@@ -62,14 +62,8 @@ pub struct RelayPeer {
     out: Vec<u8>,
     ack_at: Option<Instant>,
     ack_now: bool,
-}
-
-#[derive(Debug)]
-struct Arriving {
-    inflow: Inflow,
-    // Of this transfer: what has come, and what of it has been acknowledged.
-    came: u64,
-    acked: u64,
+    // What it is told should its session fail now.
+    errno: Errno,
 }
 
 /// What has happened to the session, or to an image of it.
@@ -106,6 +100,8 @@ pub enum Turn {
     Again,
     /// The peer has closed, between two messages.
     End,
+    /// The link was lost. The second half of a sentence.
+    Lost(String),
     /// It goes on in the seed protocol: it has not seen the welcome.
     Fallback,
 }
@@ -121,16 +117,15 @@ impl RelayPeer {
             fresh: true,
             offered: None,
             session: None,
-            arriving: HashMap::new(),
-            images: 0,
-            bytes: 0,
-            last: 0,
+            progress: Progress::default(),
+            heard_at: Instant::now(),
             splicing: false,
             sip: false,
             rest: Vec::new(),
             out: relay::encode(Kind::Welcome(welcome)),
             ack_at: None,
             ack_now: false,
+            errno: Errno::IO,
         }
     }
 
@@ -165,8 +160,31 @@ impl RelayPeer {
     pub fn accept(&mut self) {
         if let Some(hello) = self.offered.take() {
             self.session = relay::session_id(&hello.session).ok();
-            (self.images, self.bytes) = (0, 0);
+            self.progress.begin(&hello);
+            self.heard_at = Instant::now();
         }
+    }
+
+    /// For how many seconds a link that is lost now may come back; 0: it may not.
+    pub fn reconnect(&self) -> u32 {
+        if self.session.is_some() { self.progress.reconnect } else { 0 }
+    }
+
+    /// The link is lost, or another takes its place: what has come of the session, as far as it is whole. A message
+    /// that was cut off is not, its bytes that are stored are.
+    pub fn set_aside(self) -> Progress {
+        self.progress
+    }
+
+    /// Goes on with a session whose link was lost, and says what is held of it.
+    pub fn go_on(&mut self, session: SessionId, progress: Progress) {
+        self.session = Some(session);
+        self.progress = progress;
+        self.heard_at = Instant::now();
+        for holding in self.progress.holdings() {
+            relay::append(&mut self.out, Kind::Holding(holding));
+        }
+        let _ = self.flush();
     }
 
     /// Its session is over; the link stays for the next.
@@ -188,11 +206,13 @@ impl RelayPeer {
 
     /// Gives up what was arriving and closes the link, after having said why.
     pub fn abandon(mut self, errno: Errno, why: &str, bodies: &mut Bodies) {
-        for (_, Arriving { inflow, .. }) in self.arriving.drain() {
-            bodies.truncate(inflow.body, inflow.start);
-            bodies.release(inflow.body);
-        }
+        self.progress.drop_arriving(bodies);
         self.say(Kind::Error(relay::Error::new(errno.raw_os_error() as u32, why)));
+    }
+
+    /// Why its session has failed, if it has.
+    pub fn errno(&self) -> Errno {
+        self.errno
     }
 
     /// The socket, for another protocol.
@@ -213,8 +233,10 @@ impl RelayPeer {
         if std::mem::take(&mut self.ack_now) {
             self.acknowledge();
         }
-        self.flush().map_err(|error| format!("can't be answered: {error}"))?;
-        turn
+        match (self.flush(), turn) {
+            (Err(error), Ok(Turn::Wait | Turn::Again)) => Ok(Turn::Lost(unanswered(&error))),
+            (_, turn) => turn,
+        }
     }
 
     fn take(
@@ -234,7 +256,7 @@ impl RelayPeer {
                 Ok(Received::Bytes(4, _)) => self.fresh = false,
                 Ok(Received::End) => return Ok(Turn::End),
                 Ok(_) => return Ok(Turn::Wait),
-                Err(error) => return Err(format!("was lost: {error}")),
+                Err(error) => return Ok(Turn::Lost(format!("was lost: {error}"))),
             }
         }
         let mut moved = 0;
@@ -243,7 +265,9 @@ impl RelayPeer {
                 return Ok(Turn::Wait);
             }
             if self.out.len() > MAX_OUT {
-                self.flush().map_err(|error| format!("can't be answered: {error}"))?;
+                if let Err(error) = self.flush() {
+                    return Ok(Turn::Lost(unanswered(&error)));
+                }
                 if self.out.len() > MAX_OUT {
                     return Ok(Turn::Wait);
                 }
@@ -255,11 +279,22 @@ impl RelayPeer {
                 _ => self.read(catalog, bodies, block, events)?,
             };
             match taken {
-                Taken::Some(n) => moved += n,
-                Taken::Decide => return Ok(Turn::Again),
+                Taken::Some(n) => {
+                    moved += n;
+                    self.heard_at = Instant::now();
+                }
+                Taken::Decide => {
+                    self.heard_at = Instant::now();
+                    return Ok(Turn::Again);
+                }
                 Taken::Nothing => return Ok(Turn::Wait),
-                Taken::End if self.decoder.at_boundary() && self.arriving.is_empty() => return Ok(Turn::End),
-                Taken::End => return Err(format!("closed{}", self.position(bodies))),
+                Taken::End if self.decoder.at_boundary() && self.progress.arriving.is_empty() => {
+                    return Ok(Turn::End);
+                }
+                Taken::End => return Ok(Turn::Lost(format!("closed{}", self.position(bodies)))),
+                Taken::Lost(error) => {
+                    return Ok(Turn::Lost(format!("was lost{}: {error}", self.position(bodies))));
+                }
             }
         }
         Ok(Turn::Again)
@@ -274,19 +309,16 @@ impl RelayPeer {
         conduit: &mut Conduit,
         events: &mut Vec<Event>,
     ) -> Result<Taken, String> {
-        let body = match self.arriving.get(&id) {
+        let body = match self.progress.arriving.get(&id) {
             Some(Arriving { inflow, .. }) => inflow.body,
             None => return Err(not_open(id)),
         };
-        if bodies.room(body) < left {
-            return Err(self.no_memory(&Errno::FBIG.into(), bodies));
-        }
         let here = match conduit.carry(self.fd.as_fd(), left, bodies, body) {
             Ok(Carried::Some(here)) => here,
             Ok(Carried::Nothing) => return Ok(Taken::Nothing),
             Ok(Carried::End) => return Ok(Taken::End),
-            Err(FillError::Read(error)) => return Err(format!("was lost{}: {error}", self.position(bodies))),
-            Err(FillError::Store(error)) => return Err(self.no_memory(&error, bodies)),
+            Err(FillError::Read(error)) => return Ok(Taken::Lost(error)),
+            Err(FillError::Store(error)) => return Err(self.no_memory(id, &error, bodies)),
         };
         self.decoder.took(here);
         self.came(id, here, events);
@@ -314,7 +346,7 @@ impl RelayPeer {
             Ok((_, n)) => self.parse(&block[..n], catalog, bodies, events),
             Err(Errno::AGAIN) => Ok(Taken::Nothing),
             Err(Errno::INTR) => Ok(Taken::Some(0)),
-            Err(error) => Err(format!("was lost{}: {error}", self.position(bodies))),
+            Err(error) => Ok(Taken::Lost(error.into())),
         }
     }
 
@@ -336,11 +368,11 @@ impl RelayPeer {
                     }
                 }
                 Item::Bytes(id, data) => {
-                    let Some(Arriving { inflow, .. }) = self.arriving.get(&id) else {
+                    let Some(Arriving { inflow, .. }) = self.progress.arriving.get(&id) else {
                         return Err(not_open(id));
                     };
                     let stored = bodies.append(inflow.body, data);
-                    stored.map_err(|error| self.no_memory(&error, bodies))?;
+                    stored.map_err(|error| self.no_memory(id, &error, bodies))?;
                     self.came(id, data.len() as u64, events);
                 }
             }
@@ -363,6 +395,10 @@ impl RelayPeer {
     ) -> Result<bool, String> {
         let wrong = |error: WireError| error.to_string();
         match kind {
+            // It goes on with a session of which nothing had come, and begins it once more.
+            Kind::Hello(hello)
+                if self.session.is_some_and(|session| hello.session[..] == session)
+                    && self.progress.is_empty() => {}
             Kind::Hello(hello) => {
                 if self.session.is_some() {
                     return Err("began a session in the middle of another".into());
@@ -383,7 +419,7 @@ impl RelayPeer {
             // Its bytes are looked for when they come.
             Kind::Data(_) => {}
             Kind::Close(relay::Close { id, size }) => {
-                let Some(Arriving { inflow, came, .. }) = self.arriving.remove(&id) else {
+                let Some(Arriving { inflow, came, .. }) = self.progress.arriving.remove(&id) else {
                     return Err(not_open(id));
                 };
                 let Inflow { key, body, start } = inflow;
@@ -395,13 +431,12 @@ impl RelayPeer {
                 }
                 catalog.complete(key.clone(), body, bodies);
                 log::debug!("{key}: {} received", pump::human(size));
-                self.images += 1;
-                self.bytes += came;
+                self.progress.complete(id, came);
                 relay::append(&mut self.out, Kind::Stored(relay::Stored { id, size }));
                 events.push(Event::Complete(key, body, size));
             }
             Kind::Abort(relay::Abort { id }) => {
-                let Some(Arriving { inflow, .. }) = self.arriving.remove(&id) else {
+                let Some(Arriving { inflow, .. }) = self.progress.arriving.remove(&id) else {
                     return Err(not_open(id));
                 };
                 log::warn!("{}: its writer died at byte {}", inflow.key, bodies.len(inflow.body));
@@ -410,13 +445,13 @@ impl RelayPeer {
                 events.push(Event::Aborted(inflow.key, inflow.body));
             }
             Kind::Finished(relay::Finished { images, bytes }) => {
-                if let Some(Arriving { inflow, .. }) = self.arriving.values().next() {
+                if let Some(Arriving { inflow, .. }) = self.progress.arriving.values().next() {
                     return Err(format!("finished the dump although {} is not complete", inflow.key));
                 }
-                if (images, bytes) != (self.images, self.bytes) {
+                if (images, bytes) != (self.progress.images, self.progress.bytes) {
                     return Err(format!(
                         "finished a dump of {images} transfers and {bytes} bytes, of which {} and {} are here",
-                        self.images, self.bytes
+                        self.progress.images, self.progress.bytes
                     ));
                 }
                 events.push(Event::Finished(images, bytes));
@@ -476,30 +511,34 @@ impl RelayPeer {
         bodies: &mut Bodies,
         events: &mut Vec<Event>,
     ) -> Result<(), String> {
-        if self.arriving.len() >= MAX_OPEN {
+        if self.progress.arriving.len() >= MAX_OPEN {
             return Err(format!("has more than {MAX_OPEN} images open"));
         }
-        if id <= self.last {
-            return Err(format!("opened transfer {id} behind transfer {}", self.last));
+        if id <= self.progress.last {
+            return Err(format!("opened transfer {id} behind transfer {}", self.progress.last));
         }
-        self.last = id;
+        self.progress.last = id;
         let (body, start) = match catalog.get(&key).filter(|_| mode == WriteMode::Append) {
             Some(image) => {
                 bodies.hold(image.body);
                 (image.body, image.len)
             }
-            None => (bodies.create(), 0),
+            None => {
+                let created = bodies.create_for(&key);
+                self.errno = if created.is_err() { Errno::NOSPC } else { self.errno };
+                (created.map_err(|why| format!("was stopped: {why}"))?, 0)
+            }
         };
         if start == 0 {
             events.push(Event::Opened(key.clone(), body));
         }
         let inflow = Inflow { key, body, start };
-        self.arriving.insert(id, Arriving { inflow, came: 0, acked: 0 });
+        self.progress.arriving.insert(id, Arriving { inflow, came: 0, acked: 0 });
         Ok(())
     }
 
     fn came(&mut self, id: u64, bytes: u64, events: &mut Vec<Event>) {
-        let Some(arriving) = self.arriving.get_mut(&id) else { return };
+        let Some(arriving) = self.progress.arriving.get_mut(&id) else { return };
         arriving.came += bytes;
         if arriving.came - arriving.acked >= ACK_BYTES {
             self.ack_now = true;
@@ -512,12 +551,34 @@ impl RelayPeer {
     /// It is time to acknowledge what has come.
     pub fn acknowledge(&mut self) {
         self.ack_at = None;
-        for (id, arriving) in self.arriving.iter_mut().filter(|(_, arriving)| arriving.came > arriving.acked)
+        for (id, arriving) in
+            self.progress.arriving.iter_mut().filter(|(_, arriving)| arriving.came > arriving.acked)
         {
             arriving.acked = arriving.came;
             relay::append(&mut self.out, Kind::Ack(relay::Ack { id: *id, bytes: arriving.came }));
         }
         let _ = self.flush();
+    }
+
+    /// A moment has come that was waited for. The error: the proxy is lost, as the second half of a sentence.
+    pub fn expired(&mut self, now: Instant) -> Result<(), String> {
+        if self.ack_at.is_some_and(|at| at <= now) {
+            self.acknowledge();
+        }
+        if self.offered.is_some() {
+            // Its pings are not read while it waits its turn.
+            if self.heard_at + PING <= now {
+                self.heard_at = now;
+                self.say(Kind::Pong(relay::Pong::default()));
+            }
+        } else if self.session.is_some() && self.progress.pings && self.heard_at + PROXY_LOST <= now {
+            // Unless it is we who have not looked.
+            if self.is_silent() {
+                return Err(format!("has said nothing for {} s", PROXY_LOST.as_secs()));
+            }
+            self.heard_at = now;
+        }
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -532,14 +593,20 @@ impl RelayPeer {
         Ok(())
     }
 
-    fn no_memory(&self, error: &io::Error, bodies: &Bodies) -> String {
-        format!("was stopped{}: no memory for it: {error}", self.position(bodies))
+    fn no_memory(&mut self, id: u64, error: &io::Error, bodies: &Bodies) -> String {
+        self.errno = Errno::NOSPC;
+        match self.progress.arriving.get(&id) {
+            Some(Arriving { inflow, .. }) => {
+                format!("was stopped: {}", bodies.refusal(&inflow.key, inflow.body, error))
+            }
+            None => not_open(id),
+        }
     }
 
     fn position(&self, bodies: &Bodies) -> String {
         let arriving = match self.decoder.raw() {
-            Some((id, _)) => self.arriving.get(&id),
-            None => self.arriving.values().next(),
+            Some((id, _)) => self.progress.arriving.get(&id),
+            None => self.progress.arriving.values().next(),
         };
         match arriving {
             Some(Arriving { inflow, .. }) => {
@@ -557,6 +624,11 @@ enum Taken {
     Decide,
     Nothing,
     End,
+    Lost(io::Error),
+}
+
+fn unanswered(error: &io::Error) -> String {
+    format!("can't be answered: {error}")
 }
 
 fn not_open(id: u64) -> String {
@@ -577,6 +649,11 @@ impl Pollable for RelayPeer {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.ack_at
+        let silent = match (&self.offered, self.session) {
+            (Some(_), _) => Some(self.heard_at + PING),
+            (None, Some(_)) if self.progress.pings => Some(self.heard_at + PROXY_LOST),
+            (None, _) => None,
+        };
+        self.ack_at.into_iter().chain(silent).min()
     }
 }

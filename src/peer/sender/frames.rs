@@ -2,8 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::sendfile;
 use rustix::io::{Errno, ioctl_fionread, read};
 use rustix::net::{SendAncillaryBuffer, SendFlags, send, sendmsg};
@@ -26,7 +28,8 @@ impl Sender {
     /// Relay: tries to tell the cache that the dump has failed. False: that could not be said in order, so that
     /// the link has to be reset.
     pub fn fail(&mut self, why: &str, link: BorrowedFd<'_>) -> bool {
-        if self.moving.is_some() || self.out_at > 0 {
+        // Nor does a cache know of the transfers that has not said yet what it holds of them.
+        if self.moving.is_some() || self.out_at > 0 || self.torn {
             return false;
         }
         let mut out = std::mem::take(&mut self.out);
@@ -105,20 +108,26 @@ impl Sender {
                 let transfer = self.transfers.get(&id).ok_or_else(gone)?;
                 let count = left as usize;
                 let n = match &transfer.source {
-                    Source::Body(body) => match bodies.content(*body) {
-                        Some(Content::File(file, start)) => {
-                            let mut offset = start + transfer.at;
-                            retry(|| sendfile(link, file, Some(&mut offset), count))?
+                    Source::Body(body) => {
+                        let (content, here) = bodies.content_at(*body, transfer.at).ok_or_else(gone)?;
+                        let count = usize::try_from(here).unwrap_or(usize::MAX).min(count);
+                        match content {
+                            Content::File(file, mut offset) => {
+                                retry(|| sendfile(link, file, Some(&mut offset), count))?
+                            }
+                            Content::Inline(bytes) => {
+                                let piece = bytes.get(..count).ok_or_else(gone)?;
+                                retry(|| send(link, piece, SendFlags::NOSIGNAL))?
+                            }
                         }
-                        Some(Content::Inline(bytes)) => {
-                            let from = transfer.at as usize;
-                            let piece = bytes.get(from..from + count).ok_or_else(gone)?;
-                            retry(|| send(link, piece, SendFlags::NOSIGNAL))?
-                        }
-                        None => return Err(gone()),
-                    },
+                    }
                     Source::Pipe(pipe, _) => {
                         retry(|| splice(pipe, None, link, None, count, SpliceFlags::NONBLOCK))?
+                    }
+                    Source::Kept(_, replay) => {
+                        let piece = replay.piece(transfer.at);
+                        let piece = &piece[..piece.len().min(count)];
+                        retry(|| send(link, piece, SendFlags::NOSIGNAL))?
                     }
                 };
                 if n == 0 {
@@ -155,7 +164,9 @@ impl Sender {
         while self.moving.is_none() && self.out.len() < GATHER {
             if let Some(kind) = self.frames.pop_front() {
                 relay::append(&mut self.out, kind);
-            } else if let Some(id) = self.ready.pop_front() {
+            } else if !self.torn
+                && let Some(id) = self.ready.pop_front()
+            {
                 self.advance(id, bodies)?;
             } else {
                 break;
@@ -172,7 +183,7 @@ impl Sender {
         if self.lines.get(&transfer.key).and_then(VecDeque::front) != Some(&id) {
             return Ok(());
         }
-        let (length, ended) = match &transfer.source {
+        let (length, ended) = match &mut transfer.source {
             Source::Body(body) => {
                 let known = transfer.end.unwrap_or_else(|| bodies.len(*body));
                 (known.saturating_sub(transfer.at), transfer.end.is_some())
@@ -181,9 +192,30 @@ impl Sender {
                 0 => (0, net::is_pipe_at_end(pipe.as_fd())),
                 here => (here, false),
             },
+            // What was taken before goes first.
+            Source::Kept(pipe, replay) => {
+                if replay.to() == transfer.at
+                    && let Some(pipe) = pipe
+                    && let here @ 1.. = retry(|| ioctl_fionread(pipe.as_fd()))?
+                {
+                    let room = self.replay_buffer.unwrap_or_default().saturating_sub(self.kept);
+                    if room == 0 {
+                        // The pipe fills up, and CRIU waits, until something is acknowledged.
+                        self.crowded.push(id);
+                        return Ok(());
+                    }
+                    let mut chunk = Vec::with_capacity(here.min(room).min(pump::BLOCK as u64) as usize);
+                    retry(|| read(&*pipe, spare_capacity(&mut chunk)))?;
+                    self.kept += chunk.len() as u64;
+                    replay.push(chunk);
+                }
+                let unsent = replay.to() - transfer.at;
+                let at_end = |pipe: &Rc<OwnedFd>| net::is_pipe_at_end(pipe.as_fd());
+                (unsent, unsent == 0 && pipe.as_ref().is_none_or(at_end))
+            }
         };
         if length == 0 && !ended {
-            if let Source::Pipe(..) = transfer.source {
+            if let Source::Pipe(..) | Source::Kept(..) = transfer.source {
                 self.drained.push(transfer.key.clone());
             }
             return Ok(());
@@ -193,6 +225,7 @@ impl Sender {
             None => {
                 self.last_opened += 1;
                 transfer.opened = Some(self.last_opened);
+                self.open.insert(self.last_opened, id);
                 let open = relay::Open {
                     id: self.last_opened,
                     name: transfer.key.name.to_vec(),
@@ -221,6 +254,11 @@ impl Sender {
                     self.moving = Some(Moving::Copy(id, 0, n));
                     return Ok(());
                 }
+                Source::Kept(..) => {
+                    relay::append_data(&mut self.out, number, length as u32);
+                    self.moving = Some(Moving::Source(id, length));
+                    return Ok(());
+                }
                 Source::Body(_) | Source::Pipe(..) => {
                     relay::append(&mut self.out, data(length));
                     self.moving = Some(Moving::Source(id, length));
@@ -231,7 +269,7 @@ impl Sender {
         let Some(transfer) = self.transfers.get_mut(&id) else { return Ok(()) };
         let at_end = match transfer.source {
             Source::Body(_) => transfer.end == Some(transfer.at),
-            Source::Pipe(..) => ended,
+            Source::Pipe(..) | Source::Kept(..) => ended,
         };
         if !at_end {
             self.grown(id);
@@ -239,17 +277,20 @@ impl Sender {
         }
         let size = transfer.at;
         log::debug!("{}: {} sent", transfer.key, pump::human(size));
-        let body = match transfer.source {
-            Source::Body(body) => Some(body),
-            Source::Pipe(..) => {
-                self.ended.push((transfer.key.clone(), size));
-                None
-            }
+        // The end of a pipe is told once, however often its bytes have to be sent.
+        let ended = match &mut transfer.source {
+            Source::Body(_) => false,
+            Source::Pipe(..) => true,
+            Source::Kept(pipe, _) => pipe.take().is_some(),
         };
-        self.unconfirmed.insert(number, (transfer.key.clone(), body, size));
+        if ended {
+            self.ended.push((transfer.key.clone(), size));
+        }
         self.sent_images += 1;
         relay::append(&mut self.out, Kind::Close(relay::Close { id: number, size }));
-        self.remove(id, bodies);
+        if let Some(transfer) = self.take(id) {
+            self.unconfirmed.insert(number, (id, transfer));
+        }
         Ok(())
     }
 }

@@ -6,10 +6,16 @@
 //! an error. So there a header goes out with a single send(2), and the end of each payload is marked (MSG_EOR):
 //! the header behind it then begins a TCP segment of its own instead of being split between two.
 //!
+//! A link of the relay protocol that was lost may go on (--reconnect): each transfer from where the cache has it. A
+//! body is there to be sent again; what comes through a pipe is kept until it is acknowledged, and while there is no
+//! place for more of that, nothing is taken from the pipes.
+//!
 //! Owns its queues and a share of each pipe that goes straight to the link; each body in it is held, and
-//! released when it is sent or dropped.
+//! released when it is sent (relay: and confirmed) or dropped.
 
 mod frames;
+mod replay;
+mod resume;
 mod seed;
 
 use std::collections::{HashMap, VecDeque};
@@ -25,7 +31,8 @@ use crate::pump::Flow;
 use crate::store::{Bodies, BodyId, Image};
 use crate::wire::Key;
 use crate::wire::criu::WriteMode;
-use crate::wire::relay::Kind;
+use crate::wire::relay::{self, Kind};
+use replay::Replay;
 
 /// The number of a transfer.
 pub type TransferId = u64;
@@ -45,6 +52,8 @@ enum Source {
     Body(BodyId),
     /// A pipe of CRIU.
     Pipe(Rc<OwnedFd>, Passing),
+    /// The same, and its bytes are kept until they are acknowledged. None: it has reached its end.
+    Kept(Option<Rc<OwnedFd>>, Replay),
 }
 
 #[derive(Debug)]
@@ -52,7 +61,8 @@ struct Transfer {
     key: Key,
     mode: WriteMode,
     source: Source,
-    // Where in the image it stands, and where the image ends; None: that is not known yet.
+    // Where in the image it began, where it stands, and where the image ends; None: that is not known yet.
+    from: u64,
     at: u64,
     end: Option<u64>,
     // Relay: its number on the link, once it has been opened there.
@@ -93,15 +103,31 @@ pub struct Sender {
     told_empty: bool,
     sent_images: u64,
     sent_bytes: u64,
-    unconfirmed: HashMap<u64, (Key, Option<BodyId>, u64)>,
+    // Relay, by their numbers on the link: those that are open, and those that are closed and not confirmed.
+    open: HashMap<u64, TransferId>,
+    unconfirmed: HashMap<u64, (TransferId, Transfer)>,
     stored_images: u64,
     // Whatever the peer has confirmed, and whatever it has been given: it only grows.
     progress: u64,
+    // The same of what it has acknowledged alone.
+    acknowledged: u64,
+    // How many bytes of pipes may be kept until they are acknowledged, how many are, and who waits for room. None:
+    // none are kept, a link that is lost does not go on.
+    replay_buffer: Option<u64>,
+    kept: u64,
+    crowded: Vec<TransferId>,
+    // A link was lost, and what the cache has is not known yet: nothing is sent but what is said.
+    torn: bool,
     ended: Vec<(Key, u64)>,
     drained: Vec<Key>,
 }
 
 impl Sender {
+    /// One whose link may be lost and go on, for which so many bytes of pipes are kept.
+    pub fn with_replay_buffer(bytes: u64) -> Self {
+        Self { replay_buffer: Some(bytes), ..Self::default() }
+    }
+
     /// A transfer begins: the bytes of `body` from `from` on, which may be growing. The caller has taken a hold
     /// on the body for it.
     pub fn open(&mut self, key: Key, mode: WriteMode, body: BodyId, from: u64) -> TransferId {
@@ -117,7 +143,11 @@ impl Sender {
         pipe: Rc<OwnedFd>,
         passing: Passing,
     ) -> TransferId {
-        let id = self.insert(key, mode, Source::Pipe(pipe, passing), 0);
+        let source = match self.replay_buffer {
+            Some(_) => Source::Kept(Some(pipe), Replay::default()),
+            None => Source::Pipe(pipe, passing),
+        };
+        let id = self.insert(key, mode, source, 0);
         self.grown(id);
         id
     }
@@ -125,7 +155,7 @@ impl Sender {
     fn insert(&mut self, key: Key, mode: WriteMode, source: Source, at: u64) -> TransferId {
         self.last += 1;
         self.lines.entry(key.clone()).or_default().push_back(self.last);
-        let transfer = Transfer { key, mode, source, at, end: None, opened: None, queued: false };
+        let transfer = Transfer { key, mode, source, from: at, at, end: None, opened: None, queued: false };
         self.transfers.insert(self.last, transfer);
         self.last
     }
@@ -160,9 +190,16 @@ impl Sender {
 
     // It is sent, or dropped.
     fn remove(&mut self, id: TransferId, bodies: &mut Bodies) {
-        let Some(transfer) = self.transfers.remove(&id) else { return };
-        if let Source::Body(body) = transfer.source {
+        if let Some(Transfer { source: Source::Body(body), .. }) = self.take(id) {
             bodies.release(body);
+        }
+    }
+
+    // The turn of the next transfer of that image comes.
+    fn take(&mut self, id: TransferId) -> Option<Transfer> {
+        let transfer = self.transfers.remove(&id)?;
+        if let Some(number) = transfer.opened {
+            self.open.remove(&number);
         }
         if let Some(line) = self.lines.get_mut(&transfer.key) {
             line.retain(|other| *other != id);
@@ -171,11 +208,13 @@ impl Sender {
                 None => drop(self.lines.remove(&transfer.key)),
             }
         }
+        Some(transfer)
     }
 
     /// Forgets everything, also what has been sent: the link is lost, or the session over.
     pub fn clear(&mut self, bodies: &mut Bodies) {
-        for transfer in self.transfers.values() {
+        let sent = self.unconfirmed.values().map(|(_, transfer)| transfer);
+        for transfer in self.transfers.values().chain(sent) {
             if let Source::Body(body) = transfer.source {
                 bodies.release(body);
             }
@@ -184,6 +223,8 @@ impl Sender {
             last: self.last,
             last_opened: self.last_opened,
             progress: self.progress,
+            acknowledged: self.acknowledged,
+            replay_buffer: self.replay_buffer,
             ..Self::default()
         };
     }
@@ -193,9 +234,16 @@ impl Sender {
         self.frames.push_back(kind);
     }
 
+    /// Relay: asks whether the cache is there, unless a question still waits to be sent.
+    pub fn ping(&mut self, token: u64) {
+        if !self.frames.iter().any(|kind| matches!(kind, Kind::Ping(_))) {
+            self.say(Kind::Ping(relay::Ping { token }));
+        }
+    }
+
     /// Whether everything has been handed to the kernel.
     pub fn is_idle(&self) -> bool {
-        self.transfers.is_empty() && self.is_between()
+        self.transfers.is_empty() && self.is_between() && !self.torn
     }
 
     /// Whether nothing has been begun that has to be gone on with.
@@ -228,27 +276,89 @@ impl Sender {
         std::mem::take(&mut self.drained)
     }
 
+    /// Whether there is a complete image on its way to the cache, or to its confirmation, of which this is so.
+    pub fn has_leaving(&self, leaves: impl Fn(&Key, BodyId) -> bool) -> bool {
+        let complete = self.transfers.values().filter(|transfer| transfer.end.is_some());
+        let sent = self.unconfirmed.values().map(|(_, transfer)| transfer);
+        complete.chain(sent).any(|transfer| match transfer.source {
+            Source::Body(body) => leaves(&transfer.key, body),
+            Source::Pipe(..) | Source::Kept(..) => false,
+        })
+    }
+
     /// The cache has stored some of what it was given.
-    pub fn acknowledged(&mut self) {
+    pub fn acknowledged(&mut self, ack: &relay::Ack) {
         self.progress += 1;
+        self.acknowledged += 1;
+        let open = self.open.get(&ack.id).and_then(|id| self.transfers.get_mut(id));
+        let transfer = match open {
+            Some(transfer) => Some(transfer),
+            None => self.unconfirmed.get_mut(&ack.id).map(|(_, transfer)| transfer),
+        };
+        if let Some(Transfer { source: Source::Kept(_, replay), at, .. }) = transfer {
+            let freed = replay.acknowledged(ack.bytes.min(*at));
+            self.make_room(freed);
+        }
+    }
+
+    /// The cache has all that was sent.
+    pub fn all_stored(&mut self, bodies: &mut Bodies) {
+        for (_, (_, transfer)) in std::mem::take(&mut self.unconfirmed) {
+            self.confirmed(transfer, bodies);
+        }
+        self.torn = false;
+    }
+
+    /// How many transfers have been opened, in all sessions.
+    pub fn opened(&self) -> u64 {
+        self.last_opened
+    }
+
+    /// A number that grows whenever the cache acknowledges something.
+    pub fn acknowledgements(&self) -> u64 {
+        self.acknowledged
+    }
+
+    // So many bytes less are kept: who waited for room may go on.
+    fn make_room(&mut self, freed: u64) {
+        self.kept = self.kept.saturating_sub(freed);
+        if freed > 0 {
+            for id in std::mem::take(&mut self.crowded) {
+                self.grown(id);
+            }
+        }
     }
 
     /// The cache has said something of what was sent: perhaps that an image is stored, which came from this body. An
     /// error is the second half of a sentence.
-    pub fn heard(&mut self, kind: &Kind) -> Result<Option<(Key, BodyId)>, String> {
+    pub fn heard(&mut self, kind: &Kind, bodies: &mut Bodies) -> Result<Option<(Key, BodyId)>, String> {
         self.progress += 1;
-        match kind {
-            Kind::Stored(stored) => match self.unconfirmed.remove(&stored.id) {
-                Some((key, body, size)) if size == stored.size => {
-                    self.stored_images += 1;
-                    Ok(body.map(|body| (key, body)))
-                }
-                Some((key, _, size)) => {
-                    Err(format!("has stored {} bytes of {key}, of which {size} were sent", stored.size))
-                }
-                None => Err(format!("has confirmed transfer {}, which was not sent", stored.id)),
-            },
-            _ => Ok(None),
+        let Kind::Stored(stored) = kind else { return Ok(None) };
+        self.acknowledged += 1;
+        if let Some((_, Transfer { key, at, .. })) = self.unconfirmed.get(&stored.id)
+            && *at != stored.size
+        {
+            return Err(format!("has stored {} bytes of {key}, of which {at} were sent", stored.size));
+        }
+        match self.unconfirmed.remove(&stored.id) {
+            Some((_, transfer)) => Ok(self.confirmed(transfer, bodies)),
+            None => Err(format!("has confirmed transfer {}, which was not sent", stored.id)),
+        }
+    }
+
+    // The cache has all of it.
+    fn confirmed(&mut self, transfer: Transfer, bodies: &mut Bodies) -> Option<(Key, BodyId)> {
+        self.stored_images += 1;
+        match transfer.source {
+            Source::Body(body) => {
+                bodies.release(body);
+                Some((transfer.key, body))
+            }
+            Source::Kept(_, replay) => {
+                self.make_room(replay.len());
+                None
+            }
+            Source::Pipe(..) => None,
         }
     }
 

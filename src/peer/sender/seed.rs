@@ -8,7 +8,7 @@ use rustix::net::{SendFlags, send};
 
 use super::{Sender, Source, gone};
 use crate::pump::{self, Flow, Outflow};
-use crate::store::{Bodies, BodyId, Content};
+use crate::store::{Bodies, BodyId, Content, INLINE_MAX};
 use crate::wire::Key;
 use crate::wire::criu::{self, Transfer as Header};
 
@@ -83,10 +83,10 @@ fn send_payload(
     end: u64,
     link: BorrowedFd<'_>,
 ) -> io::Result<Flow> {
-    // Everything but the tail goes without a copy.
-    if let Some(Content::File(..)) = bodies.content(body)
-        && end - *at > TAIL
-    {
+    // Everything but the tail goes without a copy; what is small is one piece.
+    let left = end - *at;
+    let in_file = matches!(bodies.content_at(body, *at), Some((Content::File(..), _)));
+    if left > INLINE_MAX as u64 || (in_file && left > TAIL) {
         let mut front = Outflow { at: *at, ..Outflow::new(Key::stream([]), body, Some(end - TAIL)) };
         let flow = pump::drain(bodies, &mut front, link);
         *at = front.at;

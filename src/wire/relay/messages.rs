@@ -48,7 +48,7 @@ pub struct Welcome {
     pub restore_waits: bool,
 }
 
-/// `Open`: An image, or more of one, begins. Ids count up from 1 and are never used twice on a link.
+/// `Open`: An image, or more of one, begins. Ids count up from 1 and are never used twice on a link, nor in a session.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Open {
     /// Id.
@@ -201,12 +201,16 @@ pub struct AllStored {
     pub bytes: u64,
 }
 
-/// `Restore`: The restore waits (1), stands ready (2), has finished (3) or failed (4).
+/// `Restore`: No announced restore waits (0); one does (1); its copy stands ready (2); it has succeeded (3) or
+/// failed (4).
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Restore {
     /// State.
     #[prost(uint32, tag = "1")]
     pub state: u32,
+    /// Why it failed.
+    #[prost(bytes = "vec", tag = "2")]
+    pub text: Vec<u8>,
 }
 
 /// `Released`.
@@ -225,13 +229,13 @@ pub struct RolledBack {
     pub session: Vec<u8>,
 }
 
-/// `Holding`: Answer to Resume: what is held of each image; the last one has `last` set.
+/// `Holding`: Answer to Resume: what is held of each transfer; the last one has `last` set. An id of 0: nothing.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Holding {
     /// Id.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    /// Size.
+    /// Bytes of the transfer, from its beginning.
     #[prost(uint64, tag = "2")]
     pub size: u64,
     /// Complete.

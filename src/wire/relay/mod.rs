@@ -18,7 +18,14 @@ use super::{Key, WireError};
 /// The version spoken here. Another major version is an error, another minor one is not.
 pub const MAJOR: u32 = 1;
 /// See [`MAJOR`].
-pub const MINOR: u32 = 0;
+pub const MINOR: u32 = 1;
+
+/// The minor version from which on nobody is silent: a proxy pings, and a cache says something also to a proxy that
+/// waits its turn.
+pub const PINGS_SINCE: u32 = 1;
+
+/// The longest time that a cache waits for a proxy whose link was lost, whatever [`Hello::reconnect`] says, in seconds.
+pub const RECONNECT_MAX: u32 = 3600;
 
 /// The seed image whose payload is the proxy's [`Hello`].
 pub const GREETING: &[u8] = b".criu-relay";
@@ -47,8 +54,24 @@ pub const ID: usize = 16;
 /// A session's name: random, so that neither side ever takes one for another.
 pub type SessionId = [u8; ID];
 
-/// The source may only go when the images are stored: [`Hello::commit`].
+/// The source may go when the images are stored: [`Hello::commit`].
 pub const COMMIT_STORED: u32 = 1;
+/// The source may go when the copy stands ready to run.
+pub const COMMIT_RESTORED: u32 = 2;
+
+/// The minor version from which on a cache knows [`COMMIT_RESTORED`], and tells of its restores.
+pub const KNOWS_RESTORED: u32 = 1;
+
+/// [`Restore::state`]: no announced restore waits.
+pub const NONE_WAITS: u32 = 0;
+/// One waits.
+pub const WAITS: u32 = 1;
+/// The copy is stopped and may run at once.
+pub const PREPARED: u32 = 2;
+/// The restore has succeeded.
+pub const SUCCEEDED: u32 = 3;
+/// It has failed, or its copy has died.
+pub const FAILED: u32 = 4;
 
 /// One frame.
 pub fn encode(kind: Kind) -> Vec<u8> {
@@ -143,10 +166,19 @@ impl Error {
         Self { errno, text: text.as_bytes()[..end].to_vec() }
     }
 
-    /// Its text, for the log.
+    /// Its text, for the log: what is no plain character is escaped, but an apostrophe is one.
     pub fn shown(&self) -> String {
-        self.text.escape_ascii().to_string()
+        shown(&self.text)
     }
+}
+
+/// What a peer has said, for the log: nothing in it can pass for a line of ours. Quotation marks stay as they are.
+pub fn shown(text: &[u8]) -> String {
+    let shown = |byte: &u8| match byte {
+        b'\'' | b'"' => char::from(*byte).to_string(),
+        byte => byte.escape_ascii().to_string(),
+    };
+    text.iter().map(shown).collect()
 }
 
 /// One thing found in the stream.
