@@ -20,10 +20,12 @@ use rustix::net::{
     SocketFlags, SocketType, connect, recv, sendmsg, socket_with,
 };
 use rustix::process::{
-    Pid, PidfdFlags, Resource, Rlimit, getppid, getrlimit, pidfd_open, setrlimit, test_kill_process,
+    Pid, PidfdFlags, Resource, Rlimit, Signal, getppid, getrlimit, kill_process, pidfd_open,
+    pidfd_send_signal, setrlimit, test_kill_process,
 };
 
 use crate::cli::Verb;
+use crate::client::process::is_stopping;
 use crate::net;
 use crate::sockets::MAX_PATH;
 use crate::wire::control::{Action, BATCH, MAX_TASKS, decode_reply, encode_request};
@@ -46,44 +48,143 @@ pub fn run(action: &OsStr, images_dir: Option<&OsStr>, init_pid: Option<&OsStr>)
     // CRIU has more actions, and every new version may have others.
     let Some(action) = Action::parse(action.as_bytes()) else { return Ok(()) };
     let verbs: &[Verb] = match action {
-        // Nothing says whether it is a dump or a restore.
-        Action::PreStream => &[Verb::Proxy, Verb::Cache],
+        Action::PreStream => either(),
         Action::PreDump | Action::PostDump => &[Verb::Proxy],
-        Action::PreResume => &[Verb::Cache],
-        Action::PostRestore => return Ok(()),
+        Action::PostRestore | Action::PreResume => &[Verb::Cache],
+        // Ours, and none of CRIU's: no script speaks for an operator.
+        Action::Commit | Action::Rollback => return Ok(()),
     };
     let dir = match images_dir {
         Some(dir) if !dir.is_empty() => Path::new(dir),
         _ => return Err(format!("CRTOOLS_IMAGE_DIR is not set for the action {}", action.name())),
     };
     let criu = parent()?;
-    // Before the daemon waits for it: its patience is limited.
-    let tasks = match action {
-        Action::PostDump => {
+    let mut tree = Tree::default();
+    match action {
+        Action::PreStream | Action::Commit | Action::Rollback => {}
+        Action::PreDump => tree = Tree::to_be_dumped(root(init_pid)?),
+        Action::PostDump | Action::PostRestore | Action::PreResume => {
+            // Before the daemon waits for it: its patience is limited.
             raise_limit();
-            tree(root(init_pid)?)?
+            let root = root(init_pid)?;
+            tree.tasks = tasks(root).inspect_err(|_| {
+                if action == Action::PreResume {
+                    stop_blindly(root);
+                }
+            })?;
+            if action == Action::PreResume {
+                tree.sort_stopped();
+            }
         }
-        _ => Vec::new(),
-    };
+    }
     let mut daemons = Vec::new();
+    let asked = ask(action, verbs, dir, &criu, &mut tree, &mut daemons);
+    if asked.is_err() && action == Action::PreResume {
+        // CRIU goes on whatever we return, and the source may run. The daemon, if it lives, waits until we have
+        // closed: what it does then with the tree is not undone by this.
+        tree.stop()?;
+    }
+    asked.map_err(|why| format!("{}: {why}", action.name()))
+}
+
+// Tells the daemons, and waits for their verdicts. They are left connected.
+fn ask(
+    action: Action,
+    verbs: &[Verb],
+    dir: &Path,
+    criu: &OwnedFd,
+    tree: &mut Tree,
+    daemons: &mut Vec<Daemon>,
+) -> Result<(), String> {
     for verb in verbs {
         daemons.extend(Daemon::find(*verb, dir)?);
     }
     if daemons.is_empty() {
         let names: Vec<_> = verbs.iter().map(|verb| verb.name()).collect();
         let (shown, names) = (shown(dir), names.join(" or "));
-        return Err(format!(
-            "{}: no criu-relay {names} is in {shown}: start criu-relay {names} with -D {shown}",
-            action.name()
-        ));
+        return Err(format!("no criu-relay {names} is in {shown}: start criu-relay {names} with -D {shown}"));
     }
     // All are told before the first answer is waited for: one daemon may wait for what the other is told.
-    for daemon in &daemons {
-        daemon.ask(action, criu.as_fd(), &tasks)?;
+    for daemon in daemons.iter() {
+        daemon.ask(action, criu.as_fd(), tree)?;
     }
-    // They are on their way, and the daemon may have the last word for minutes.
-    drop(tasks);
-    verdicts(criu.as_fd(), daemons).map_err(|why| format!("{}: {why}", action.name()))
+    if action == Action::PostDump {
+        // They are on their way, and the daemon may have the last word for minutes.
+        tree.tasks.clear();
+    }
+    verdicts(criu.as_fd(), daemons)
+}
+
+/// The processes that CRIU is at.
+#[derive(Debug, Default)]
+pub(crate) struct Tree {
+    tasks: Vec<OwnedFd>,
+    /// What a dump of it will have to carry, in bytes; 0: not known.
+    memory: u64,
+    /// So many of the tasks, the last, are stopped by CRIU.
+    stays: usize,
+}
+
+impl Tree {
+    /// Its root alone: it runs, so that its tree may be another in a moment.
+    fn to_be_dumped(root: Pid) -> Self {
+        let tasks = pidfd_open(root, PidfdFlags::empty()).into_iter().collect();
+        let found = walk(root).ok().flatten().unwrap_or_default();
+        let sizes: Vec<_> = found.into_iter().map(resident).collect();
+        let private: u64 = sizes.iter().map(|(private, _)| private).sum();
+        // The same memory may be shared by all.
+        let shared = sizes.iter().map(|(_, shared)| *shared).max().unwrap_or(0);
+        Self { tasks, memory: private + shared, stays: 0 }
+    }
+
+    /// Before anybody else sends a SIGSTOP: CRIU has to those that were stopped when it dumped them.
+    fn sort_stopped(&mut self) {
+        let is_stopping = |task: &OwnedFd| net::pidfd_pid(task.as_fd()).is_some_and(is_stopping);
+        let (stay, mut tasks): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.tasks).into_iter().partition(is_stopping);
+        self.stays = stay.len();
+        tasks.extend(stay);
+        self.tasks = tasks;
+    }
+
+    /// Nothing of it is to run: its daemon has not said that it may, and is perhaps gone.
+    fn stop(&self) -> Result<(), String> {
+        let stopped = self.tasks.iter().map(|task| match pidfd_send_signal(task, Signal::STOP) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(format!("a task of the copy can't be stopped: {error}")),
+        });
+        stopped.fold(Ok(()), Result::and)
+    }
+}
+
+// The same for a tree whose processes can't all be watched: as far as it can be seen.
+fn stop_blindly(root: Pid) {
+    for pid in walk(root).ok().flatten().unwrap_or_else(|| HashSet::from([root])) {
+        let _ = kill_process(pid, Signal::STOP);
+    }
+}
+
+// The memory of a process in bytes: what is its own, and what it may share.
+fn resident(pid: Pid) -> (u64, u64) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>().ok()
+    };
+    (kib("RssAnon").unwrap_or(0) * 1024, kib("RssShmem").unwrap_or(0) * 1024)
+}
+
+// Whom a CRIU tells that is about to connect. Nothing that it gives us says whether it dumps or restores; its
+// command line does, unless it was started as a service.
+fn either() -> &'static [Verb] {
+    let parent = getppid().map_or(0, Pid::as_raw_pid);
+    let line = fs::read(format!("/proc/{parent}/cmdline")).unwrap_or_default();
+    let mut words = line.split(|byte| *byte == 0);
+    match words.find(|word| matches!(*word, b"restore" | b"dump" | b"pre-dump")) {
+        Some(b"restore") => &[Verb::Cache],
+        Some(_) => &[Verb::Proxy],
+        None => &[Verb::Proxy, Verb::Cache],
+    }
 }
 
 /// A pidfd of CRIU, which has started us.
@@ -101,7 +202,7 @@ fn parent() -> Result<OwnedFd, String> {
 const GONE: &str = "CRIU has ended without waiting for this script";
 
 /// A daemon that is asked.
-struct Daemon {
+pub(crate) struct Daemon {
     path: PathBuf,
     socket: OwnedFd,
     reply: FrameReader,
@@ -109,7 +210,7 @@ struct Daemon {
 
 impl Daemon {
     /// Connects; None: it has no socket there.
-    fn find(verb: Verb, dir: &Path) -> Result<Option<Self>, String> {
+    pub(crate) fn find(verb: Verb, dir: &Path) -> Result<Option<Self>, String> {
         let path = dir.join(socket_name(verb));
         if path.as_os_str().len() > MAX_PATH {
             return Err(format!("the path {} is longer than {MAX_PATH} bytes", path.display()));
@@ -138,9 +239,10 @@ impl Daemon {
     }
 
     /// Sends the request. A daemon that closes meanwhile has said why, or will be found gone.
-    fn ask(&self, action: Action, criu: BorrowedFd<'_>, tasks: &[OwnedFd]) -> Result<(), String> {
-        let tasks: Vec<_> = tasks.iter().map(AsFd::as_fd).collect();
-        let request = encode_request(action, u32::try_from(tasks.len()).unwrap_or(u32::MAX));
+    pub(crate) fn ask(&self, action: Action, criu: BorrowedFd<'_>, tree: &Tree) -> Result<(), String> {
+        let tasks: Vec<_> = tree.tasks.iter().map(AsFd::as_fd).collect();
+        let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let request = encode_request(action, number(tasks.len()), tree.memory, number(tree.stays));
         let mut open = self.send(criu, &request, &[criu])?;
         for batch in tasks.chunks(BATCH) {
             open = open && self.send(criu, &[0], batch)?;
@@ -169,13 +271,13 @@ impl Daemon {
         }
     }
 
-    /// Reads what is there of the answer; whether it is whole, and good.
-    fn has_agreed(&mut self) -> Result<bool, String> {
+    /// Reads what is there of the answer; its text, once it is whole, and good.
+    pub(crate) fn answer(&mut self) -> Result<Option<String>, String> {
         let mut buffer = [0; 512];
         loop {
             let got = match recv(&self.socket, &mut buffer, RecvFlags::DONTWAIT) {
                 Ok((_, n)) => n,
-                Err(Errno::AGAIN) => return Ok(false),
+                Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => continue,
                 Err(Errno::CONNRESET) => 0,
                 Err(error) => return Err(format!("{} can't be read: {error}", self.path.display())),
@@ -186,7 +288,7 @@ impl Daemon {
             let wrong = |error| format!("the daemon at {} {error}", self.path.display());
             if let Some(body) = self.reply.feed(&mut &buffer[..got]).map_err(wrong)? {
                 return match decode_reply(&body).map_err(wrong)? {
-                    (0, _) => Ok(true),
+                    (0, text) => Ok(Some(text)),
                     (errno, text) if text.is_empty() => {
                         Err(io::Error::from_raw_os_error(errno.try_into().unwrap_or(i32::MAX)).to_string())
                     }
@@ -197,25 +299,35 @@ impl Daemon {
     }
 }
 
+impl AsFd for Daemon {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 /// Waits until all have agreed, for as long as CRIU lives.
-fn verdicts(criu: BorrowedFd<'_>, mut daemons: Vec<Daemon>) -> Result<(), String> {
-    while !daemons.is_empty() {
-        let sockets: Vec<_> = daemons.iter().map(|daemon| daemon.socket.as_fd()).collect();
+fn verdicts(criu: BorrowedFd<'_>, daemons: &mut [Daemon]) -> Result<(), String> {
+    let mut waiting: Vec<_> = daemons.iter_mut().collect();
+    while !waiting.is_empty() {
+        let sockets: Vec<_> = waiting.iter().map(|daemon| daemon.socket.as_fd()).collect();
         let waited = wait(criu, &sockets, PollFlags::IN);
-        let mut waiting = Vec::new();
-        for mut daemon in daemons {
-            if !daemon.has_agreed()? {
-                waiting.push(daemon);
+        let mut left = Vec::new();
+        for daemon in waiting {
+            if daemon.answer()?.is_none() {
+                left.push(daemon);
             }
         }
-        waited?;
-        daemons = waiting;
+        waiting = left;
+        // What has been answered stands, whatever has become of CRIU.
+        if !waiting.is_empty() {
+            waited?;
+        }
     }
     Ok(())
 }
 
 /// Waits until one of the sockets is ready; an error when CRIU has ended.
-fn wait(criu: BorrowedFd<'_>, sockets: &[BorrowedFd<'_>], flags: PollFlags) -> Result<(), String> {
+pub(crate) fn wait(criu: BorrowedFd<'_>, sockets: &[BorrowedFd<'_>], flags: PollFlags) -> Result<(), String> {
     let mut fds = vec![PollFd::from_borrowed_fd(criu, PollFlags::IN)];
     fds.extend(sockets.iter().map(|socket| PollFd::from_borrowed_fd(*socket, flags)));
     loop {
@@ -249,9 +361,9 @@ fn root(init_pid: Option<&OsStr>) -> Result<Pid, String> {
     }
 }
 
-/// A pidfd of every process (thread group) of the tree at `root`. It is looked at again until a round has
+/// A pidfd of every process (thread group) of the tree at `root`, its own first. It is looked at again until a round has
 /// found what the one before has, and each is still who it was.
-fn tree(root: Pid) -> Result<Vec<OwnedFd>, String> {
+fn tasks(root: Pid) -> Result<Vec<OwnedFd>, String> {
     let mut known: HashMap<Pid, OwnedFd> = HashMap::new();
     for _ in 0..ROUNDS {
         let walked = walk(root).map_err(|error| format!("the tree of process {root}: {error}"))?;
@@ -276,7 +388,9 @@ fn tree(root: Pid) -> Result<Vec<OwnedFd>, String> {
             }
         }
         if stable {
-            return Ok(known.into_values().collect());
+            let mut tasks: Vec<_> = known.into_iter().collect();
+            tasks.sort_unstable_by_key(|(pid, _)| *pid != root);
+            return Ok(tasks.into_iter().map(|(_, fd)| fd).collect());
         }
     }
     Err(format!("the tree of process {root} does not come to rest"))

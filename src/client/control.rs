@@ -74,10 +74,10 @@ impl Control {
         }
     }
 
-    /// Tells the script whether CRIU may go on, or why not, and closes.
-    pub fn verdict(mut self, verdict: Result<(), &str>) {
+    /// Tells the script whether CRIU may go on, or why not; or the operator what was done. Closes.
+    pub fn verdict(mut self, verdict: Result<&str, &str>) {
         let told = match verdict {
-            Ok(()) => self.reply(0, ""),
+            Ok(done) => self.reply(0, done),
             Err(why) => {
                 log::warn!("the action script was told to fail: {why}");
                 self.reply(Errno::CANCELED.raw_os_error() as u32, why)

@@ -14,7 +14,7 @@ pub mod source;
 use std::collections::VecDeque;
 
 pub use sink::Sink;
-pub use source::{Begun, Source};
+pub use source::{Begun, Fate, Source};
 
 /// How CRIU talks to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,16 @@ pub fn remember<T>(sessions: &mut VecDeque<T>, session: T) {
         sessions.pop_front();
     }
     sessions.push_back(session);
+}
+
+/// When the source of a scripted session may be killed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Commit {
+    /// When the cache has all of its images.
+    Stored,
+    /// When the copy that was restored from them stands ready to run.
+    #[default]
+    Restored,
 }
 
 /// What decides about the images of a scripted session, once they are stored.

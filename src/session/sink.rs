@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Ask, Asked, Word, remember};
+use super::{Ask, Asked, Commit, Word, remember};
 use crate::wire::relay::SessionId;
 
 /// The destination's side.
@@ -12,10 +12,31 @@ pub struct Sink {
     receiving: bool,
     held: Held,
     // A scripted session that is stored and waits for its word.
-    stored: Option<SessionId>,
+    stored: Option<Stored>,
     settled: VecDeque<(SessionId, Settled)>,
     asked: Asked,
     last: Option<Result<(), ()>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Stored {
+    id: SessionId,
+    copy: Copy,
+}
+
+/// What has become of the images of a session that waits for its word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copy {
+    /// Commit `stored`: nobody gets them before the word.
+    Withheld,
+    /// Commit `restored`: they are for the restore that waits.
+    Offered,
+    /// A restore is at it, or the copy is being stopped.
+    Making,
+    /// The copy is stopped and may run at once.
+    Prepared,
+    /// The one restore that got them has failed, or its copy has died. Nobody else gets them before the word.
+    Failed,
 }
 
 /// What of the last complete session is here.
@@ -123,7 +144,52 @@ impl Sink {
 
     /// The scripted session that waits for its word.
     pub fn stored(&self) -> Option<SessionId> {
-        self.stored
+        self.stored.map(|stored| stored.id)
+    }
+
+    /// Whether the images of that session are for a restore that waits.
+    pub fn offers(&self) -> bool {
+        matches!(self.stored, Some(Stored { copy: Copy::Offered, .. }))
+    }
+
+    /// A restore has got them: no other one does.
+    pub fn copying(&mut self) {
+        self.step(&[Copy::Offered], Copy::Making);
+    }
+
+    /// The copy is stopped, with all its tasks. Whether the source is to be told.
+    pub fn prepared(&mut self) -> bool {
+        self.step(&[Copy::Making], Copy::Prepared)
+    }
+
+    /// The restore has failed, or the copy has died. Whether the source is to be told: it knows already if it has
+    /// decided.
+    pub fn copy_failed(&mut self) -> bool {
+        self.step(&[Copy::Making, Copy::Prepared], Copy::Failed)
+    }
+
+    /// What was said of the copy of that session: that it stands ready, or that it failed.
+    pub fn copy_stands_ready(&self, id: SessionId) -> Option<bool> {
+        match self.stored.filter(|stored| stored.id == id)?.copy {
+            Copy::Prepared => Some(true),
+            Copy::Failed => Some(false),
+            Copy::Withheld | Copy::Offered | Copy::Making => None,
+        }
+    }
+
+    fn step(&mut self, from: &[Copy], to: Copy) -> bool {
+        match &mut self.stored {
+            Some(stored) if from.contains(&stored.copy) => {
+                stored.copy = to;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the source of any session may come back.
+    pub fn knows_any(&self) -> bool {
+        self.stored.is_some() || !self.settled.is_empty()
     }
 
     /// What became of that session.
@@ -137,15 +203,37 @@ impl Sink {
     }
 
     /// All of a scripted session has been stored: it waits for its word.
-    pub fn hold(&mut self, id: SessionId) {
+    pub fn hold(&mut self, id: SessionId, commit: Commit) {
         self.receiving = false;
-        self.stored = Some(id);
+        let copy = if commit == Commit::Restored { Copy::Offered } else { Copy::Withheld };
+        self.stored = Some(Stored { id, copy });
+    }
+
+    /// A session that an earlier run of this daemon has left: its copy stands ready, and its images are gone. `word`:
+    /// what its source has said; its copy is being dealt with.
+    pub fn recover(&mut self, id: SessionId, word: Option<Word>) {
+        match word {
+            None => self.stored = Some(Stored { id, copy: Copy::Prepared }),
+            Some(word) => {
+                if word == Word::Release {
+                    self.held = Held::Unrestored;
+                }
+                remember(&mut self.settled, (id, Settled::Said(word)));
+            }
+        }
+    }
+
+    /// The copy of such a session is dead, and its images were gone before: a word about it finds nothing.
+    pub fn lost(&mut self, id: SessionId) {
+        if self.stored() == Some(id) {
+            self.stored = None;
+        }
     }
 
     /// The source has said what becomes of a session. On [`Heard::Decides`] the images are published, or the
     /// session is over, as the decision of [`Sink::peer_ended`] has it.
     pub fn hear(&mut self, id: SessionId, word: Word) -> Heard {
-        if self.stored == Some(id) {
+        if self.stored() == Some(id) {
             self.stored = None;
             remember(&mut self.settled, (id, Settled::Said(word)));
             return Heard::Decides;
@@ -227,98 +315,4 @@ impl Sink {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn over(decision: &Decision) -> Option<bool> {
-        match decision {
-            Decision::Over(outcome) => Some(outcome.is_ok()),
-            _ => None,
-        }
-    }
-
-    #[test]
-    fn a_cache_ends_with_a_restore_that_succeeded() {
-        let mut sink = Sink::new(false);
-        sink.peer().unwrap();
-        assert!(sink.peer().is_err());
-        assert_eq!(sink.peer_ended(Ok(())), Decision::Nothing);
-        assert!(sink.peer().is_err() && !sink.takes_peers());
-        assert_eq!(sink.restore_ended(false), Decision::Nothing);
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert_eq!(over(&sink.restore_ended(true)), Some(true));
-    }
-
-    #[test]
-    fn a_cache_that_keeps_takes_the_next() {
-        let mut sink = Sink::new(true);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
-        sink.peer().unwrap();
-        assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
-        sink.peer().unwrap();
-        sink.peer_ended(Ok(()));
-        assert!(sink.has_only_copy());
-        sink.restore_ended(true);
-        sink.peer().unwrap();
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(false), "a transfer is cut off");
-    }
-
-    #[test]
-    fn what_was_not_restored_is_given_up_at_the_second_request() {
-        for keep in [false, true] {
-            let mut sink = Sink::new(keep);
-            sink.peer().unwrap();
-            sink.peer_ended(Ok(()));
-            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-            assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-            assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-            assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
-        }
-    }
-    #[test]
-    fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
-        let mut sink = Sink::new(true);
-        sink.peer().unwrap();
-        sink.peer_ended(Ok(()));
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert!(!sink.takes_peers());
-        // One that waits already may have sent its whole session.
-        sink.peer().unwrap();
-        assert_eq!(over(&sink.restore_ended(true)), Some(true));
-        assert!(!sink.is_done());
-        sink.peer_ended(Ok(()));
-        assert!(!sink.is_done() && sink.has_only_copy());
-        sink.restore_ended(true);
-        assert!(sink.is_done());
-    }
-
-    #[test]
-    fn a_stored_session_is_decided_once() {
-        let (one, two) = ([1; 16], [2; 16]);
-        let mut sink = Sink::new(true);
-        sink.peer().unwrap();
-        sink.hold(one);
-        assert!(sink.peer().is_err() && sink.has_only_copy() && sink.is_busy());
-        assert_eq!(sink.hear(two, Word::Release), Heard::Unknown);
-        assert_eq!(sink.hear(one, Word::Release), Heard::Decides);
-        sink.peer_ended(Ok(()));
-        assert_eq!(sink.hear(one, Word::Release), Heard::Again);
-        assert_eq!(sink.hear(one, Word::Rollback), Heard::Contradicts);
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay, "it has not been restored");
-        // What was rolled back before it was complete is not taken when it is.
-        assert_eq!(sink.hear(two, Word::Rollback), Heard::Unknown);
-        assert_eq!(sink.settled(&two), Some(Settled::Said(Word::Rollback)));
-        assert_eq!(sink.hear(two, Word::Release), Heard::Contradicts);
-    }
-
-    #[test]
-    fn a_session_without_its_word_is_given_up_at_the_second_request() {
-        let mut sink = Sink::new(false);
-        sink.peer().unwrap();
-        sink.hold([1; 16]);
-        assert!(sink.is_full() && !sink.takes_peers());
-        assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! The session on the source: from CRIU's first valid request until the images are delivered.
 
-use super::{Ask, Asked, Dialect, Word};
+use super::{Ask, Asked, Commit, Dialect, Word};
 
 /// What to do after an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -9,6 +9,10 @@ pub enum Decision {
     Nothing,
     /// Scripted: let CRIU go on, which kills the source.
     Allow,
+    /// Scripted: kill what is left of the source. CRIU has ended in the middle of that, and a half of it is no use.
+    Finish,
+    /// Scripted: a part of the source lives, and nobody knows why. The operator decides.
+    Hold,
     /// Scripted: make CRIU fail, for this reason, and say the word.
     Deny(String),
     /// Scripted: say the word, now or when there is a link.
@@ -38,50 +42,103 @@ enum Dump {
     Held,
     /// The same, and the cache has been told that this is all: it may have stored it.
     Asking,
+    /// Commit `restored`: it is stored, and the copy is being made. CRIU is held.
+    Stored,
     /// Scripted: confirmed, and CRIU was let go on. The source dies, or it turns out to live.
     Confirmed,
     /// Scripted: this word has to reach the cache.
     Saying(Word),
 }
 
+/// What of the source is left when its CRIU has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// All of it.
+    Lives,
+    /// Some tasks were killed and some were not.
+    Broken,
+    /// Nothing, or nothing without a SIGKILL on its way.
+    Dead,
+}
+
 const UNCONFIRMED: &str = "criu dump ended before its images were confirmed";
+const UNPREPARED: &str = "criu dump ended before the copy stood ready";
 
 /// The source's side.
 #[derive(Debug)]
 pub struct Source {
     keep: bool,
-    // Whether the source may run on beside its copy.
+    // Whether the source may run on beside its copy: of the sessions that begin here, and of the one that runs.
     leave_running: bool,
+    runs_on: bool,
+    commit: Commit,
     dump: Dump,
     scripted: bool,
     // Whether the cache has confirmed this session; whether every task of the source is dead.
     confirmed: bool,
     dead: bool,
+    // It was begun by an earlier run of this daemon.
+    recovered: bool,
     // Why it is rolled back.
     why: String,
     linked: bool,
     // The link has been lost since the session began, so that the peer has not seen all of it.
     torn: bool,
+    // A link that is lost may come back (--reconnect): the peer keeps what it has seen.
+    reconnects: bool,
     asked: Asked,
     last: Option<Result<(), ()>>,
 }
 
 impl Source {
     /// `keep`: another session follows. `leave_running`: a copy is wanted, beside a source that runs on.
-    pub fn new(keep: bool, leave_running: bool) -> Self {
+    pub fn new(keep: bool, leave_running: bool, commit: Commit) -> Self {
         Self {
             keep,
             leave_running,
+            runs_on: leave_running,
+            commit,
             dump: Dump::None,
             scripted: false,
             confirmed: false,
             dead: false,
+            recovered: false,
             why: String::new(),
             linked: false,
             torn: false,
+            reconnects: false,
             asked: Asked::default(),
             last: None,
         }
+    }
+
+    /// A session that an earlier run of this daemon has left undecided. `word`: it had decided; otherwise what is left
+    /// of the source decides, as if CRIU had been let go. `leave_running`: what was wanted of that session.
+    pub fn recover(&mut self, word: Option<Word>, leave_running: bool) {
+        self.runs_on = leave_running;
+        self.recovered = true;
+        self.scripted = true;
+        self.confirmed = true;
+        self.dead = word == Some(Word::Release);
+        self.dump = word.map_or(Dump::Confirmed, Dump::Saying);
+        if word == Some(Word::Rollback) {
+            self.why = "it was rolled back before this daemon was started".into();
+        }
+    }
+
+    /// Whether the session goes on when its link is lost now, should another be had in time.
+    pub fn reconnects(&mut self, may: bool) {
+        self.reconnects = may;
+    }
+
+    /// Whether the session's link has been lost, and there is no other yet that it could go on over.
+    pub fn is_torn(&self) -> bool {
+        self.torn && !self.is_idle() && self.word().is_none()
+    }
+
+    /// Whether the cache has been told that this is all, and has not confirmed it.
+    pub fn is_asking(&self) -> bool {
+        self.dump == Dump::Asking
     }
 
     /// CRIU makes a valid request. `first`: one with which dumps begin. An error is why it is refused, as the
@@ -97,12 +154,14 @@ impl Source {
                 self.scripted = false;
                 self.confirmed = false;
                 self.dead = false;
+                self.recovered = false;
+                self.runs_on = self.leave_running;
                 Ok(Begun::Now)
             }
             Dump::Running(running) if running == dialect && dialect == Dialect::Remote => Ok(Begun::Before),
             Dump::Running(_) => Err("was refused: a dump is in progress, one at a time"),
             Dump::Complete => Err("was refused: the images of the last dump are still being delivered"),
-            Dump::Held | Dump::Asking | Dump::Confirmed | Dump::Saying(_) => {
+            Dump::Held | Dump::Asking | Dump::Stored | Dump::Confirmed | Dump::Saying(_) => {
                 Err("was refused: the last dump is not decided yet")
             }
         }
@@ -225,14 +284,55 @@ impl Source {
     /// The cache has confirmed everything.
     pub fn all_stored(&mut self) -> Decision {
         match self.dump {
+            // Of a source that is dead already nothing else is left: its images are released at once.
+            Dump::Asking if self.commit == Commit::Stored || self.dead => self.allow(),
             Dump::Asking => {
-                self.dump = Dump::Confirmed;
-                self.confirmed = true;
-                Decision::Allow
+                self.dump = Dump::Stored;
+                Decision::Nothing
             }
             Dump::Complete => self.over(Ok(()), false),
             _ => Decision::Nothing,
         }
+    }
+
+    /// Commit `restored`: the copy stands ready, and runs as soon as it is released.
+    pub fn prepared(&mut self) -> Decision {
+        match self.dump {
+            Dump::Stored => self.allow(),
+            _ => Decision::Nothing,
+        }
+    }
+
+    /// CRIU was about to be let go, and could not be: that was not to be recorded.
+    pub fn revoked(&mut self, why: &str) -> Decision {
+        match self.dump {
+            Dump::Confirmed if !self.dead => self.roll_back(why),
+            _ => Decision::Nothing,
+        }
+    }
+
+    /// Whether the copy is being made, and CRIU is held until it stands ready.
+    pub fn is_preparing(&self) -> bool {
+        self.dump == Dump::Stored
+    }
+
+    /// Commit `restored`: no restore waits any more, or the one that was at it has failed. Once CRIU was let go it
+    /// means nothing: the cache has the images, and another restore may take them.
+    pub fn restore_failed(&mut self, why: &str) -> Decision {
+        match self.dump {
+            _ if self.commit == Commit::Stored || !self.scripted => Decision::Nothing,
+            Dump::Running(_) => self.fail(why, true),
+            Dump::Held | Dump::Asking if self.dead => Decision::Nothing,
+            Dump::Held => self.fail(why, false),
+            Dump::Asking | Dump::Stored => self.roll_back(why),
+            _ => Decision::Nothing,
+        }
+    }
+
+    fn allow(&mut self) -> Decision {
+        self.dump = Dump::Confirmed;
+        self.confirmed = true;
+        Decision::Allow
     }
 
     /// Scripted: every task of the source is dead. Should it have died before it was let go, the images are all
@@ -241,6 +341,7 @@ impl Source {
         self.dead = true;
         match self.dump {
             Dump::Confirmed => self.say(Word::Release),
+            Dump::Stored => self.allow(),
             _ => Decision::Nothing,
         }
     }
@@ -250,15 +351,22 @@ impl Source {
         self.dead
     }
 
-    /// Scripted: CRIU has ended. `lives`: a task of the source does, with no SIGKILL on its way.
-    pub fn criu_ended(&mut self, lives: bool) -> Decision {
-        self.dead |= !lives;
+    /// Scripted: CRIU has ended, and this is what it has left.
+    pub fn criu_ended(&mut self, fate: Fate) -> Decision {
+        self.dead |= fate == Fate::Dead;
         match self.dump {
-            Dump::Confirmed if self.leave_running => self.say(Word::Release),
-            Dump::Confirmed if lives => self.roll_back("criu dump ended, but the source was not killed"),
+            Dump::Confirmed if self.runs_on => self.say(Word::Release),
+            // What became of CRIU behind our back is not known.
+            Dump::Confirmed if fate == Fate::Broken && self.recovered => Decision::Hold,
+            Dump::Confirmed if fate == Fate::Broken => Decision::Finish,
+            Dump::Confirmed if fate == Fate::Lives => {
+                self.roll_back("criu dump ended, but the source was not killed")
+            }
             Dump::Held | Dump::Asking if self.dead => Decision::Nothing,
             Dump::Held => self.fail(UNCONFIRMED, false),
             Dump::Asking => self.roll_back(UNCONFIRMED),
+            Dump::Stored if self.dead => self.allow(),
+            Dump::Stored => self.roll_back(UNPREPARED),
             _ => Decision::Nothing,
         }
     }
@@ -288,8 +396,29 @@ impl Source {
         }
     }
 
+    /// The operator decides, having made sure that it fits: the source is dead, or a part of it lives. Nothing: it is
+    /// decided otherwise. He sees to it that the cache learns of it, if it can't be told.
+    pub fn resolve(&mut self, word: Word) -> Decision {
+        match (self.dump, word) {
+            (Dump::Saying(said), Word::Release) if said == word => self.over(Ok(()), false),
+            (Dump::Saying(said), Word::Rollback) if said == word => {
+                let why = std::mem::take(&mut self.why);
+                self.over(Err(format!("the dump failed: {why}; it was rolled back by hand")), false)
+            }
+            (Dump::Asking | Dump::Stored, Word::Rollback) => self.roll_back("it was rolled back by hand"),
+            (Dump::Confirmed, Word::Rollback) if self.recovered => {
+                self.roll_back("it was rolled back by hand")
+            }
+            _ => Decision::Nothing,
+        }
+    }
+
     /// What had been sent is lost and can't be sent again: it was not kept.
     pub fn lost(&mut self, why: &str) -> Decision {
+        // CRIU can still be made to fail.
+        if self.scripted && !self.dead {
+            return self.failed(&format!("{why}, and what had been sent was not kept"));
+        }
         self.over(Err(format!(
             "{why}, and what had been sent was not kept (--retain, --splice): if CRIU has killed the process, it is lost"
         )), true)
@@ -312,7 +441,7 @@ impl Source {
             Dump::Held | Dump::Asking if self.dead => Decision::Nothing,
             Dump::Running(_) => self.fail(why, true),
             Dump::Held => self.fail(why, false),
-            Dump::Asking => self.roll_back(why),
+            Dump::Asking | Dump::Stored => self.roll_back(why),
             _ => Decision::Nothing,
         }
     }
@@ -323,19 +452,30 @@ impl Source {
         if let Dump::Saying(word) = self.dump {
             return Decision::Say(word);
         }
-        if std::mem::take(&mut self.torn) && !self.is_idle() { Decision::SendAnew } else { Decision::Nothing }
+        let torn = std::mem::take(&mut self.torn);
+        match self.dump {
+            // In the last case it was all stored, and what becomes of the source decides.
+            Dump::None | Dump::Spoiled | Dump::Confirmed => Decision::Nothing,
+            _ if torn => Decision::SendAnew,
+            _ => Decision::Nothing,
+        }
     }
 
     /// The link is lost. `only_copy`: CRIU may have finished already, so that it can't be made to fail.
     pub fn link_lost(&mut self, why: &str, only_copy: bool) -> Decision {
         self.linked = false;
         match self.dump {
+            // The dump goes on; it fails when no link can be had in time.
+            Dump::Running(_) | Dump::Held | Dump::Asking | Dump::Stored if self.reconnects => {
+                self.torn = true;
+                Decision::Connect
+            }
             Dump::Running(_) if !only_copy => self.fail(&format!("the link was lost: {why}"), true),
             Dump::Running(_) | Dump::Complete => {
                 self.torn = true;
                 Decision::Connect
             }
-            Dump::Asking if self.dead => {
+            Dump::Held | Dump::Asking if self.dead => {
                 self.torn = true;
                 Decision::Connect
             }
@@ -343,6 +483,7 @@ impl Source {
             Dump::Asking => {
                 self.roll_back(&format!("the link was lost before the cache had confirmed: {why}"))
             }
+            Dump::Stored => self.roll_back(&format!("the link was lost before the copy stood ready: {why}")),
             Dump::None | Dump::Spoiled | Dump::Confirmed | Dump::Saying(_) => Decision::Connect,
         }
     }
@@ -357,6 +498,9 @@ impl Source {
     pub fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
         match self.dump {
             Dump::Running(_) if !only_copy => self.fail(&why, true),
+            // Its link was lost and has not come back.
+            Dump::Held if !self.dead => self.fail(&why, false),
+            Dump::Asking | Dump::Stored if !self.dead => self.roll_back(&why),
             Dump::None if !self.keep => self.over(Err(why), false),
             Dump::Saying(Word::Rollback) if !self.confirmed => {
                 let failed = std::mem::take(&mut self.why);
@@ -391,11 +535,11 @@ impl Source {
                 self.over(Err(why.into()), false)
             }
             Dump::Held if !self.dead => self.fail("a signal ended it", false),
-            Dump::Asking if !self.dead => {
+            Dump::Asking | Dump::Stored if !self.dead => {
                 self.asked.insists(signal);
                 self.roll_back("a signal ended it")
             }
-            Dump::Held | Dump::Asking | Dump::Confirmed | Dump::Saying(Word::Release) => {
+            Dump::Held | Dump::Asking | Dump::Stored | Dump::Confirmed | Dump::Saying(Word::Release) => {
                 let why =
                     "asked twice to end: the cache holds the images and has not been told to release them";
                 self.over(Err(why.into()), false)
@@ -438,198 +582,4 @@ pub enum Begun {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn over(decision: &Decision) -> Option<bool> {
-        match decision {
-            Decision::Over(outcome) => Some(outcome.is_ok()),
-            _ => None,
-        }
-    }
-
-    fn source(dialect: Dialect) -> Source {
-        let mut source = Source::new(false, false);
-        assert_eq!(source.link_up(), Decision::Nothing);
-        assert_eq!(source.request(dialect, true), Ok(Begun::Now));
-        source
-    }
-
-    #[test]
-    fn a_dump_that_goes_well() {
-        let mut source = source(Dialect::Stream);
-        assert_eq!(source.ended(Ok(())), Decision::Nothing);
-        assert!(source.is_complete());
-        assert_eq!(over(&source.delivered()), Some(true));
-    }
-
-    #[test]
-    fn a_lost_link_fails_a_dump_that_can_still_fail() {
-        for dialect in [Dialect::Stream, Dialect::Remote] {
-            assert_eq!(over(&source(dialect).link_lost("reset", false)), Some(false));
-            assert_eq!(over(&source(dialect).no_link("no".into(), false)), Some(false));
-        }
-    }
-
-    #[test]
-    fn what_may_be_the_only_copy_is_kept_and_sent_anew() {
-        let mut source = source(Dialect::Stream);
-        assert_eq!(source.link_lost("reset", true), Decision::Connect);
-        assert_eq!(source.no_link("no".into(), true), Decision::Connect);
-        assert_eq!(source.ended(Ok(())), Decision::Nothing);
-        assert_eq!(source.no_link("no".into(), false), Decision::Connect);
-        assert_eq!(source.link_up(), Decision::SendAnew);
-        assert_eq!(source.link_lost("reset", false), Decision::Connect);
-        assert_eq!(source.link_up(), Decision::SendAnew);
-        assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
-        assert_eq!(over(&source.terminate(Ask::End, false)), Some(false));
-    }
-
-    #[test]
-    fn a_signal_during_a_dump() {
-        assert_eq!(over(&source(Dialect::Stream).terminate(Ask::End, false)), Some(false));
-        let mut late = source(Dialect::Stream);
-        assert_eq!(late.terminate(Ask::End, true), Decision::Stay);
-        assert_eq!(late.terminate(Ask::Hangup, true), Decision::Stay, "a hangup never drops it");
-        assert_eq!(over(&late.terminate(Ask::End, true)), Some(false));
-        assert_eq!(over(&Source::new(false, false).terminate(Ask::End, false)), Some(false));
-        assert_eq!(over(&Source::new(true, false).terminate(Ask::End, false)), Some(true));
-        assert_eq!(over(&Source::new(true, false).terminate(Ask::Hangup, false)), Some(true));
-    }
-
-    #[test]
-    fn one_dump_at_a_time() {
-        let mut stream = source(Dialect::Stream);
-        assert!(stream.request(Dialect::Stream, true).is_err());
-        assert!(stream.request(Dialect::Remote, false).is_err());
-        let mut remote = source(Dialect::Remote);
-        assert_eq!(remote.request(Dialect::Remote, false), Ok(Begun::Before));
-        remote.ended(Ok(()));
-        assert!(remote.request(Dialect::Remote, false).is_err());
-    }
-
-    #[test]
-    fn after_a_failure_a_remote_dump_is_refused_to_its_end() {
-        let mut source = Source::new(true, false);
-        source.link_up();
-        source.request(Dialect::Remote, false).unwrap();
-        assert_eq!(over(&source.link_lost("reset", false)), Some(false));
-        assert!(source.request(Dialect::Remote, false).is_err());
-        assert_eq!(source.ended(Ok(())), Decision::Nothing);
-        assert_eq!(source.request(Dialect::Remote, false), Ok(Begun::Now));
-        // Its CRIU may die without one: the next dump tells as well.
-        assert_eq!(over(&source.link_lost("reset", false)), Some(false));
-        assert_eq!(source.request(Dialect::Remote, true), Ok(Begun::Now));
-        // A stream dump ends with its connection: nothing of it can come later.
-        let mut source = Source::new(true, false);
-        source.request(Dialect::Stream, true).unwrap();
-        source.link_lost("reset", false);
-        assert_eq!(source.request(Dialect::Stream, true), Ok(Begun::Now));
-    }
-
-    #[test]
-    fn an_idle_source_waits_for_its_link() {
-        let mut once = Source::new(false, false);
-        assert_eq!(over(&once.no_link("no".into(), false)), Some(false));
-        let mut kept = Source::new(true, false);
-        assert_eq!(kept.no_link("no".into(), false), Decision::Connect);
-        kept.link_up();
-        assert_eq!(kept.link_lost("closed", false), Decision::Connect);
-        assert_eq!(kept.link_up(), Decision::Nothing, "there is nothing to send");
-    }
-
-    #[test]
-    fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
-        let mut source = Source::new(true, false);
-        source.link_up();
-        source.request(Dialect::Stream, true).unwrap();
-        source.ended(Ok(()));
-        assert!(source.stays());
-        assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
-        assert_eq!(over(&source.delivered()), Some(true));
-        assert!(!source.stays());
-    }
-
-    fn scripted(leave_running: bool) -> Source {
-        let mut source = Source::new(false, leave_running);
-        source.link_up();
-        source.request(Dialect::Stream, true).unwrap();
-        source.is_announced();
-        source
-    }
-
-    fn asking(leave_running: bool) -> Source {
-        let mut source = scripted(leave_running);
-        assert_eq!(source.held(Ok(())), Decision::Nothing);
-        assert!(source.is_held());
-        source.asking();
-        source
-    }
-
-    #[test]
-    fn stored_then_dead_then_released() {
-        let mut source = asking(false);
-        assert_eq!(source.all_stored(), Decision::Allow);
-        assert_eq!(source.criu_ended(false), Decision::Nothing, "its tasks are about to die");
-        assert_eq!(source.source_died(), Decision::Say(Word::Release));
-        // The word is said until it is acknowledged, on whichever link.
-        assert_eq!(source.link_lost("reset", false), Decision::Connect);
-        assert_eq!(source.no_link("none".into(), false), Decision::Connect);
-        assert_eq!(source.link_up(), Decision::Say(Word::Release));
-        assert_eq!(source.acknowledged(Word::Rollback), Decision::Nothing);
-        assert_eq!(over(&source.acknowledged(Word::Release)), Some(true));
-    }
-
-    #[test]
-    fn one_that_lives_is_rolled_back() {
-        let mut source = asking(false);
-        source.all_stored();
-        assert!(matches!(source.criu_ended(true), Decision::Deny(_)));
-        assert_eq!(source.word(), Some(Word::Rollback));
-        assert_eq!(source.source_died(), Decision::Nothing, "it does not change its mind");
-        assert_eq!(over(&source.acknowledged(Word::Rollback)), Some(false));
-        // Unless that was wanted.
-        let mut source = asking(true);
-        source.all_stored();
-        assert_eq!(source.criu_ended(true), Decision::Say(Word::Release));
-    }
-
-    #[test]
-    fn before_the_cache_can_have_stored_it_nothing_need_be_said() {
-        assert_eq!(over(&scripted(false).ended(Ok(()))), Some(false), "CRIU has not asked");
-        assert_eq!(over(&scripted(false).link_lost("reset", false)), Some(false));
-        let mut held = scripted(false);
-        held.held(Ok(()));
-        assert_eq!(over(&held.failed("the script has gone")), Some(false));
-    }
-
-    #[test]
-    fn a_confirmation_that_comes_too_late_is_rolled_back() {
-        for event in [
-            |source: &mut Source| source.failed("it takes too long"),
-            |source: &mut Source| source.link_lost("reset", false),
-            |source: &mut Source| source.criu_ended(true),
-            |source: &mut Source| source.terminate(Ask::End, false),
-        ] {
-            let mut source = asking(false);
-            assert!(matches!(event(&mut source), Decision::Deny(_)));
-            assert_eq!(source.all_stored(), Decision::Nothing);
-            // Nobody is waited for in vain: without a word the cache serves nothing.
-            source.link_lost("reset", false);
-            assert_eq!(over(&source.no_link("none".into(), false)), Some(false));
-        }
-    }
-
-    #[test]
-    fn of_a_source_that_died_with_its_criu_the_images_are_all_that_is_left() {
-        let mut source = asking(false);
-        assert_eq!(source.source_died(), Decision::Nothing);
-        assert_eq!(source.criu_ended(false), Decision::Nothing);
-        assert_eq!(source.failed("the script has gone"), Decision::Nothing);
-        assert_eq!(source.terminate(Ask::End, false), Decision::Stay);
-        assert_eq!(source.link_lost("reset", false), Decision::Connect);
-        assert_eq!(source.link_up(), Decision::SendAnew);
-        assert_eq!(source.all_stored(), Decision::Allow);
-        assert_eq!(source.source_died(), Decision::Say(Word::Release));
-    }
-}
+mod tests;

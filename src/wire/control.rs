@@ -1,5 +1,5 @@
-//! The control socket (proto/control.proto): one request of CRIU's action script, with pidfds, and the
-//! daemon's answer.
+//! The control socket (proto/control.proto): one request of CRIU's action script, with pidfds, or of
+//! `criu-relay resolve`, and the daemon's answer.
 //!
 //! The fields are derived as optional and the strings as bytes, for the reasons given in
 //! [`criu`](super::criu).
@@ -13,7 +13,7 @@ use super::frame::{self, FrameReader};
 pub const MAJOR: u32 = 1;
 
 /// Grows with what an older daemon may skip.
-pub const MINOR: u32 = 0;
+pub const MINOR: u32 = 1;
 
 /// How many pidfds travel with one byte, in all messages but the last. The kernel takes 253.
 pub const BATCH: usize = 250;
@@ -39,12 +39,18 @@ pub struct ControlRequest {
     /// [`MINOR`].
     #[prost(uint32, optional, tag = "2")]
     pub minor: Option<u32>,
-    /// What CRIU calls its action.
+    /// What CRIU calls its action; or a word of ours.
     #[prost(bytes = "vec", optional, tag = "3")]
     pub action: Option<Vec<u8>>,
     /// How many pidfds follow.
     #[prost(uint32, optional, tag = "4")]
     pub tasks: Option<u32>,
+    /// Bytes of memory of the tree that is about to be dumped. (Minor version 1.)
+    #[prost(uint64, optional, tag = "5")]
+    pub memory: Option<u64>,
+    /// How many of the processes, the last, are to be stopped anyway. (Minor version 1.)
+    #[prost(uint32, optional, tag = "6")]
+    pub stays: Option<u32>,
 }
 
 /// `ControlReply`.
@@ -58,7 +64,7 @@ pub struct ControlReply {
     pub text: Option<Vec<u8>>,
 }
 
-/// The actions of CRIU that a daemon hears of.
+/// The actions of CRIU that a daemon hears of, and two that are none of CRIU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// CRIU is about to connect to a streamer socket, for a dump or a restore.
@@ -71,13 +77,24 @@ pub enum Action {
     PostRestore,
     /// The restored tree is about to run.
     PreResume,
+    /// Of `criu-relay resolve`: the copy is to run.
+    Commit,
+    /// Of `criu-relay resolve`: the source is to run.
+    Rollback,
 }
 
 impl Action {
-    const ALL: [Self; 5] =
-        [Self::PreStream, Self::PreDump, Self::PostDump, Self::PostRestore, Self::PreResume];
+    const ALL: [Self; 7] = [
+        Self::PreStream,
+        Self::PreDump,
+        Self::PostDump,
+        Self::PostRestore,
+        Self::PreResume,
+        Self::Commit,
+        Self::Rollback,
+    ];
 
-    /// What CRIU calls it.
+    /// What it is called, by CRIU if it is one of CRIU's.
     pub fn name(self) -> &'static str {
         match self {
             Self::PreStream => "pre-stream",
@@ -85,6 +102,8 @@ impl Action {
             Self::PostDump => "post-dump",
             Self::PostRestore => "post-restore",
             Self::PreResume => "pre-resume",
+            Self::Commit => "commit",
+            Self::Rollback => "rollback",
         }
     }
 
@@ -99,10 +118,15 @@ impl Action {
 pub struct Request<D> {
     /// What CRIU is doing.
     pub action: Action,
-    /// A pidfd of CRIU.
+    /// A pidfd of CRIU; or of who asks instead.
     pub criu: D,
-    /// A pidfd of every process of the tree, where the action has one.
+    /// A pidfd of every process of the tree, where the action has one; at `pre-dump` of its root alone.
     pub tasks: Vec<D>,
+    /// Bytes of memory of the tree, at `pre-dump`; 0 otherwise, or when it is not known.
+    pub memory: u64,
+    /// How many of the processes, the last, are stopped by CRIU, at `pre-resume`: they were when it dumped them, or
+    /// were to be.
+    pub stays: usize,
 }
 
 /// Collects the one request of a connection.
@@ -142,12 +166,12 @@ impl<D> Decoder<D> {
                     self.0 = State::Header(reader);
                     return Ok(None);
                 };
-                let (action, missing) = decode_request(&body)?;
+                let (action, missing, memory, stays) = decode_request(&body)?;
                 let criu = descriptors.pop().filter(|_| descriptors.is_empty()).ok_or(NO_CRIU)?;
                 if !input.is_empty() {
                     return Err(BEHIND);
                 }
-                (Request { action, criu, tasks: Vec::new() }, missing)
+                (Request { action, criu, tasks: Vec::new(), memory, stays }, missing)
             }
             State::Tasks(mut request, missing) => {
                 let expected = missing.min(BATCH);
@@ -172,7 +196,7 @@ impl<D> Decoder<D> {
     }
 }
 
-fn decode_request(body: &[u8]) -> Result<(Action, usize), WireError> {
+fn decode_request(body: &[u8]) -> Result<(Action, usize, u64, usize), WireError> {
     const WHAT: WireError = WireError::Malformed("ControlRequest");
     let request = ControlRequest::decode(body).map_err(|_| WHAT)?;
     // First: of another version nothing else may be understood.
@@ -189,16 +213,20 @@ fn decode_request(body: &[u8]) -> Result<(Action, usize), WireError> {
     if tasks > MAX_TASKS {
         return Err(TOO_MANY);
     }
-    Ok((action, tasks as usize))
+    let stays = request.stays.unwrap_or(0).min(tasks);
+    Ok((action, tasks as usize, request.memory.unwrap_or(0), stays as usize))
 }
 
-/// A request, to be sent with a pidfd of CRIU in one sendmsg(2); then `tasks` pidfds follow.
-pub fn encode_request(action: Action, tasks: u32) -> Vec<u8> {
+/// A request, to be sent with a pidfd of CRIU in one sendmsg(2); then `tasks` pidfds follow. `memory` and `stays` are
+/// those of [`Request`].
+pub fn encode_request(action: Action, tasks: u32, memory: u64, stays: u32) -> Vec<u8> {
     frame::encode(&ControlRequest {
         major: Some(MAJOR),
         minor: Some(MINOR),
         action: Some(action.name().into()),
         tasks: Some(tasks),
+        memory: (memory > 0).then_some(memory),
+        stays: (stays > 0).then_some(stays),
     })
 }
 
@@ -233,6 +261,8 @@ mod tests {
             minor: Some(0),
             action: Some(b"post-dump".to_vec()),
             tasks: Some(0),
+            memory: None,
+            stays: None,
         };
         change(&mut request);
         Decoder::default().feed(&frame::encode(&request), vec![7])
@@ -240,7 +270,7 @@ mod tests {
 
     #[test]
     fn byte_by_byte() {
-        let bytes = encode_request(Action::PostDump, 251);
+        let bytes = encode_request(Action::PostDump, 251, 0, 3);
         let (last, head) = bytes.split_last().unwrap();
         let mut decoder = Decoder::default();
         assert!(decoder.is_idle());
@@ -252,16 +282,19 @@ mod tests {
         assert_eq!(feed(&mut decoder, &[0], 1..251), Ok(None));
         let request = feed(&mut decoder, &[0], 251..252).unwrap().unwrap();
         assert_eq!((request.action, request.criu), (Action::PostDump, 0));
-        assert_eq!(request.tasks, (1..252).collect::<Vec<_>>());
+        assert_eq!((request.tasks, request.stays), ((1..252).collect::<Vec<_>>(), 3));
         assert!(!decoder.is_idle());
         assert_eq!(feed(&mut decoder, &[0], 0..0), Err(BEHIND));
     }
 
     #[test]
     fn whole() {
-        let bytes = encode_request(Action::PreStream, 0);
+        let bytes = encode_request(Action::PreStream, 0, 0, 9);
         let request = feed(&mut Decoder::default(), &bytes, 4..5).unwrap().unwrap();
-        assert_eq!(request, Request { action: Action::PreStream, criu: 4, tasks: vec![] });
+        assert_eq!(
+            request,
+            Request { action: Action::PreStream, criu: 4, tasks: vec![], memory: 0, stays: 0 }
+        );
         // Nothing comes along with the byte behind which the descriptor is.
         let glued = [&bytes[..], &[0]].concat();
         assert_eq!(feed(&mut Decoder::default(), &glued, 4..5), Err(BEHIND));
@@ -269,7 +302,7 @@ mod tests {
 
     #[test]
     fn wrong_numbers_of_descriptors() {
-        let bytes = encode_request(Action::PostDump, 300);
+        let bytes = encode_request(Action::PostDump, 300, 0, 0);
         assert_eq!(feed(&mut Decoder::default(), &bytes, 0..0), Err(NO_CRIU));
         assert_eq!(feed(&mut Decoder::default(), &bytes, 0..2), Err(NO_CRIU));
         assert_eq!(feed(&mut Decoder::default(), &bytes[..9], 0..1), Err(STRAY));
@@ -310,11 +343,11 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_skipped() {
-        let mut body = encode_request(Action::PreResume, 0).split_off(frame::LENGTH);
+        let mut body = encode_request(Action::PreDump, 0, 7, 0).split_off(frame::LENGTH);
         // Field 15: 1.
         body.extend([15 << 3, 1]);
         let bytes = [&(body.len() as u32).to_ne_bytes(), &body[..]].concat();
-        assert!(feed(&mut Decoder::default(), &bytes, 0..1).unwrap().is_some());
+        assert_eq!(feed(&mut Decoder::default(), &bytes, 0..1).unwrap().unwrap().memory, 7);
     }
 
     #[test]
