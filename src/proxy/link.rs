@@ -2,16 +2,22 @@
 
 use std::time::Instant;
 
+use super::records::Owed;
 use super::{Conn, Event, Proxy, hello};
 use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::peer::link::{Link, LinkStep};
 use crate::peer::{Choice, Protocol};
+use crate::pump;
 use crate::reactor::Exit;
 use crate::session::Word;
 use crate::session::source::Decision;
+use crate::store::BodyId;
 use crate::table::Id;
-use crate::wire::relay::{self, Hello, Kind};
+use crate::wire::Key;
+use crate::wire::relay::{self, Hello, Holding, Kind, Welcome};
+
+pub const NONE_ANY_MORE: &str = "no criu restore waits at the cache any more";
 
 impl Proxy {
     pub(super) fn dial(&mut self) {
@@ -19,11 +25,26 @@ impl Proxy {
             return;
         }
         let for_ever = self.session.is_bound() || self.may_be_only_copy();
+        // A session that goes on has a time of its own for that: anew whenever something of it has got through.
+        let comes_back = self.policy.reconnect.filter(|_| self.session.is_torn());
+        let renewed = comes_back.is_some() && self.lost_at != Some(self.sender.acknowledgements());
+        if comes_back.is_some() {
+            self.lost_at = Some(self.sender.acknowledgements());
+        }
+        if let Some(dialer) = &mut self.dialer {
+            dialer.within(comes_back);
+            if renewed {
+                dialer.served();
+            }
+        }
         match &mut self.dialer {
             // A search that is under way goes on, and perhaps for ever from now on.
             Some(dialer) if dialer.is_searching() => {
                 if for_ever {
                     dialer.limit(Instant::now(), true);
+                } else if self.session.word().is_some() && dialer.is_endless() {
+                    // The time for a link that was lost is up; that for a word begins.
+                    dialer.limit(Instant::now(), false);
                 }
             }
             Some(dialer) => dialer.start(Instant::now(), for_ever),
@@ -32,7 +53,7 @@ impl Proxy {
                 self.exit = Some(Exit::Failed);
             }
             None if self.session.word().is_some() && !self.session.is_bound() => {
-                let decision = self.no_link("the inherited connection is gone".into(), false);
+                let decision = self.session.no_link("the inherited connection is gone".into(), false);
                 self.decide(decision);
             }
             None => log::error!(
@@ -54,15 +75,23 @@ impl Proxy {
             LinkStep::Wait => {}
             LinkStep::Again => self.conns.again(id),
             LinkStep::Up(welcome) => {
-                match welcome {
-                    Some(_) => log::info!("connected to {}, relay protocol", link.name()),
-                    None => log::info!("connected to {}, seed protocol: nothing is confirmed", link.name()),
+                self.cache_limit = welcome.as_ref().map_or(0, |welcome| welcome.memory_limit);
+                match (&welcome, self.cache_limit) {
+                    (Some(_), 0) => log::info!("connected to {}, relay protocol", link.name()),
+                    (Some(_), limit) => log::info!(
+                        "connected to {}, relay protocol; its memory limit is {}",
+                        link.name(),
+                        pump::human(limit)
+                    ),
+                    (None, _) => {
+                        log::info!("connected to {}, seed protocol: nothing is confirmed", link.name())
+                    }
                 }
                 if let Some(dialer) = &mut self.dialer {
                     dialer.succeeded(Instant::now());
                 }
                 self.conns.again(id);
-                self.link_up(welcome.map(|welcome| welcome.run));
+                self.link_up(welcome);
             }
             LinkStep::Heard(heard) => {
                 self.conns.again(id);
@@ -84,22 +113,35 @@ impl Proxy {
         self.settle(id);
     }
 
-    // What is spoken is decided. `run`: the cache's, in the relay protocol.
-    fn link_up(&mut self, run: Option<Vec<u8>>) {
-        let resumes = run.is_some() && run == self.run && self.finished.is_some();
+    // What is spoken is decided. `welcome`: the cache's, in the relay protocol.
+    fn link_up(&mut self, welcome: Option<Welcome>) {
+        let welcome = welcome.unwrap_or_default();
+        self.cache_restores = welcome.minor >= relay::KNOWS_RESTORED;
+        self.restore_waits = welcome.restore_waits;
+        // Our cache's run has a name; an old one has none.
+        let run = (!welcome.run.is_empty()).then_some(welcome.run);
+        let resumes = run.is_some() && run == self.run && (self.finished.is_some() || self.sender.is_torn());
         let decision = self.session.link_up();
+        if run.is_some() {
+            for word in self.owed_words() {
+                self.sender.say(word);
+            }
+        }
+        // What waited when the link was lost may have gone meanwhile; once everything is sent it does not wait any more.
+        if self.session.is_scripted() && self.lacks_restore() && self.finished.is_none() {
+            let decision = self.session.restore_failed(NONE_ANY_MORE);
+            if decision != Decision::Nothing {
+                return self.decide(decision);
+            }
+        }
         if decision == Decision::SendAnew && resumes {
-            // It may have everything: only its word for it was lost.
+            // It may have everything, so that only its word for it was lost; or a part, behind which it goes on.
+            self.holdings = Some(Vec::new());
             let (session, run) = (self.session_id.to_vec(), run.unwrap_or_default());
             self.sender.say(Kind::Resume(relay::Resume { session, run }));
             return;
         }
         self.run = run;
-        if self.run.is_some() {
-            for session in &self.owed {
-                self.sender.say(Kind::Rollback(relay::Rollback { session: session.to_vec() }));
-            }
-        }
         if decision == Decision::Nothing && (self.session.is_running() || self.session.is_complete()) {
             self.announce_session();
         }
@@ -110,34 +152,40 @@ impl Proxy {
     pub(super) fn announce_session(&mut self) {
         if self.run.is_some() {
             let scripted = self.session.is_scripted();
-            self.sender.say(Kind::Hello(Hello { scripted, ..hello(self.session_id) }));
+            self.sender.say(Kind::Hello(Hello { scripted, ..hello(self.session_id, &self.policy) }));
             self.wake_link();
         }
     }
 
     fn heard(&mut self, id: Id, kind: Kind) {
-        let is_verdict = matches!(kind, Kind::Released(_) | Kind::RolledBack(_) | Kind::AllStored(_));
-        let confirmed = match self.sender.heard(&kind) {
+        // An error that answers a word says that there is nothing left to be told.
+        let is_verdict =
+            matches!(kind, Kind::Released(_) | Kind::RolledBack(_) | Kind::AllStored(_) | Kind::Error(_));
+        let confirmed = match self.sender.heard(&kind, &mut self.bodies) {
             Ok(confirmed) => confirmed,
-            Err(why) => return self.close(id, Some(format!("the cache {why}"))),
+            Err(why) => return self.refuse_link(id, format!("the cache {why}")),
         };
         let decision = match (confirmed, kind) {
             (Some((key, body)), _) => {
-                if !self.policy.retain.keeps(&key) && !self.flows.contains_key(&key) {
-                    self.images.forget(&key, body, &mut self.bodies);
-                    log::debug!("{key}: stored by the cache, not kept here any more");
-                }
+                self.stored(&key, body);
                 Decision::Nothing
             }
             (_, Kind::AllStored(all)) if Some((all.images, all.bytes)) == self.finished => {
-                self.session.all_stored()
+                self.sender.all_stored(&mut self.bodies);
+                // The one that waited gets the images. Should another wait, the cache says so.
+                self.restore_waits = false;
+                let decision = self.session.all_stored();
+                if self.session.is_preparing() {
+                    log::info!("the cache has stored everything: the restore is at it");
+                }
+                decision
             }
             (_, Kind::AllStored(all)) => {
                 let why = format!(
                     "the cache has confirmed {} transfers and {} bytes, which are not what was sent",
                     all.images, all.bytes
                 );
-                return self.close(id, Some(why));
+                return self.refuse_link(id, why);
             }
             (_, Kind::Released(said)) if said.session == self.session_id => {
                 self.session.acknowledged(Word::Release)
@@ -146,22 +194,97 @@ impl Proxy {
                 self.session.acknowledged(Word::Rollback)
             }
             (_, Kind::RolledBack(said)) => {
-                self.owed.retain(|session| session[..] != said.session[..]);
+                self.no_longer_owed(&said.session);
                 Decision::Nothing
             }
-            // It holds nothing of what was sent before.
-            (_, Kind::Holding(holding)) if holding.last => Decision::SendAnew,
+            (_, Kind::Restore(restore)) => self.restore_said(&restore),
+            (_, Kind::Holding(holding)) => self.holds(id, holding),
             (_, Kind::Error(error)) if self.session.word().is_some() => {
                 self.session.disowned(&format!("the cache says: {}", error.shown()))
             }
             // It has failed the session, as if the link had been lost; but it says why.
             (_, Kind::Error(error)) => {
-                return self.close(id, Some(format!("the cache says: {}", error.shown())));
+                return self.refuse_link(id, format!("the cache says: {}", error.shown()));
             }
             _ => Decision::Nothing,
         };
         self.peer_knows = is_verdict && matches!(decision, Decision::Over(_));
         self.decide(decision);
+    }
+
+    // How a restore on the other side stands.
+    fn restore_said(&mut self, restore: &relay::Restore) -> Decision {
+        match restore.state {
+            relay::NONE_WAITS => {
+                self.restore_waits = false;
+                // Once everything is stored, the one that matters does not wait any more.
+                match self.session.is_preparing() {
+                    true => Decision::Nothing,
+                    false => self.session.restore_failed(NONE_ANY_MORE),
+                }
+            }
+            relay::WAITS => {
+                self.restore_waits = true;
+                Decision::Nothing
+            }
+            relay::PREPARED => self.session.prepared(),
+            relay::FAILED => {
+                let why = relay::shown(&restore.text);
+                self.session.restore_failed(&format!("the restore on the other side has failed: {why}"))
+            }
+            relay::SUCCEEDED => {
+                log::info!("the restore on the other side has succeeded");
+                Decision::Nothing
+            }
+            _ => Decision::Nothing,
+        }
+    }
+
+    // The cache has an image that came from this body.
+    fn stored(&mut self, key: &Key, body: BodyId) {
+        if !self.policy.retain.keeps(key) && !self.flows.contains_key(key) {
+            self.images.forget(key, body, &mut self.bodies);
+            log::debug!("{key}: stored by the cache, not kept here any more");
+        }
+    }
+
+    // The cache says what it holds of the session whose link was lost. What was not asked for says nothing.
+    fn holds(&mut self, id: Id, holding: Holding) -> Decision {
+        let Some(mut holdings) = self.holdings.take() else { return Decision::Nothing };
+        let last = holding.last;
+        holdings.push(holding);
+        if !last {
+            let too_many = holdings.len() as u64 > self.sender.opened();
+            self.holdings = Some(holdings);
+            if too_many {
+                self.refuse_link(id, "the cache holds more transfers than were sent".into());
+            }
+            return Decision::Nothing;
+        }
+        if !self.sender.is_torn() || holdings.iter().all(|holding| holding.id == 0) {
+            // Nothing.
+            return Decision::SendAnew;
+        }
+        match self.sender.resumed(&holdings, &mut self.bodies) {
+            Ok(stored) => {
+                log::info!("the dump goes on where the link was lost");
+                for (key, body) in stored {
+                    self.stored(&key, body);
+                }
+                // Should it have been said that this is all: it was not heard.
+                self.finished = None;
+                self.wake_link();
+            }
+            Err(why) => self.refuse_link(id, format!("the cache {why}")),
+        }
+        Decision::Nothing
+    }
+
+    // The link goes, for what the cache has said: it would say that again.
+    fn refuse_link(&mut self, id: Id, why: String) {
+        self.refused = true;
+        self.close(id, Some(why));
+        self.refused = false;
     }
 
     pub(super) fn unreachable(&mut self, why: String) {
@@ -179,6 +302,8 @@ impl Proxy {
         }
         log::warn!("the link to the cache is lost: {why}");
         self.link = None;
+        self.restore_waits = false;
+        self.holdings = None;
         if let Some(dialer) = &mut self.dialer {
             dialer.note(&why);
         }
@@ -189,10 +314,20 @@ impl Proxy {
             let decision = self.session.unused_link_lost();
             return self.decide(decision);
         }
-        self.deferred.push(Event::LinkLost { why, used });
+        let refused = self.refused;
+        self.deferred.push(Event::LinkLost { why, used, refused });
     }
 
     pub(super) fn send_anew(&mut self) {
+        if self.sender.is_torn() && self.sender.is_whole() {
+            // Nothing of it has been stored anywhere: all of it is still to be sent.
+            self.finished = None;
+            self.announce_session();
+            if let Err(why) = self.sender.resumed(&[], &mut self.bodies) {
+                self.failed(format!("the cache {why}"));
+            }
+            return self.wake_link();
+        }
         if self.has_passed() {
             let decision = self.session.lost("the cache does not have the session any more");
             return self.decide(decision);
@@ -268,7 +403,10 @@ impl Proxy {
             // welcome to this session is not taken for an old one because it is slow.
             let relay = self.session.is_scripted() || (self.run.is_some() && !self.session.is_idle());
             let choice = if relay { Choice::Only(Protocol::Relay) } else { self.policy.choice };
-            let link = Link::connect(address, hello(self.session_id), choice, now);
+            // A cache that has its dump lets nobody in but those whose session it knows.
+            let owed = self.owed.front().filter(|_| self.session.is_idle()).map(Owed::session);
+            let session = owed.unwrap_or(self.session_id);
+            let link = Link::connect(address, hello(session, &self.policy), choice, now);
             match link.and_then(|link| self.conns.insert(Conn::Link(link))) {
                 Ok(id) => self.link = Some(id),
                 Err(error) => self.unreachable(format!("{address}: {error}")),
@@ -288,8 +426,14 @@ impl Proxy {
                 self.settle(id);
             }
             Some(Protocol::Relay)
-                if (self.session.is_complete() || self.session.is_held()) && self.finished.is_none() =>
+                if (self.session.is_complete() || self.session.is_held() || self.session.is_asking())
+                    && self.finished.is_none() =>
             {
+                if self.session.is_held()
+                    && let Err(why) = self.record_session()
+                {
+                    return self.failed(why);
+                }
                 let (images, bytes) = self.sender.sent();
                 self.finished = Some((images, bytes));
                 self.session.asking();

@@ -8,6 +8,7 @@
 //!
 //! What is kept. A dump that CRIU's action script has announced can be made to fail until the cache has
 //! confirmed everything, so that nothing of it need be kept: CRIU's pages go from its pipes straight to the link.
+//! Where a lost link may come back (--reconnect), what goes through is kept until the cache has acknowledged it.
 //! Of any other dump this may be the only copy one day, and unless told otherwise (--retain) everything is kept
 //! until the session is over: it may have to be sent anew.
 //!
@@ -16,7 +17,9 @@
 //! taken: these may be the last bytes of a process.
 
 mod link;
+mod memory;
 mod outcome;
+mod records;
 mod remote;
 mod scripted;
 mod stream;
@@ -41,14 +44,16 @@ use crate::peer::sender::{Sender, TransferId};
 use crate::peer::{Choice, Protocol};
 use crate::pump::{Conduit, Flow, Inflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
-use crate::session::{Ask, Dialect, Source};
+use crate::record::{Book, Record};
+use crate::session::{Ask, Commit, Dialect, Source};
 use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::WriteMode;
-use crate::wire::relay::{self, Hello, SessionId};
+use crate::wire::relay::{self, Hello, Holding, SessionId};
 use crate::{net, pump};
-use scripted::{Announced, Held, Task};
+use records::Owed;
+use scripted::{Announced, Held, Task, Waiting};
 
 /// How the proxy reaches its cache.
 #[derive(Debug)]
@@ -70,8 +75,12 @@ pub struct Setup {
     pub keep: bool,
     /// What is done with the images, and with the source.
     pub policy: Policy,
-    /// Descriptors that bodies may take.
-    pub max_memfds: usize,
+    /// Where the record of a session is kept, and what an earlier run has left there.
+    pub book: Book,
+    /// See [`Setup::book`].
+    pub records: Vec<Record>,
+    /// Where the images will be.
+    pub bodies: Bodies,
     /// Connections and pipes at a time.
     pub max_conns: usize,
 }
@@ -124,8 +133,16 @@ pub struct Policy {
     pub leave_running: bool,
     /// A script may go on although nothing can be confirmed.
     pub accept_unconfirmed: bool,
+    /// When the source of a scripted dump may be killed.
+    pub commit: Commit,
     /// How long a script waits while nothing moves.
     pub confirm_timeout: Duration,
+    /// How long the source stays frozen while its copy is being made.
+    pub restore_timeout: Duration,
+    /// How long a link that was lost in the middle of a session may take to come back; None: the session fails.
+    pub reconnect: Option<Duration>,
+    /// How many bytes of pipes are kept for that until the cache has acknowledged them.
+    pub replay_buffer: u64,
 }
 
 impl Default for Policy {
@@ -136,7 +153,11 @@ impl Default for Policy {
             retain: Retain::All,
             leave_running: false,
             accept_unconfirmed: false,
+            commit: Commit::Restored,
             confirm_timeout: Duration::from_secs(60),
+            restore_timeout: Duration::from_secs(600),
+            reconnect: None,
+            replay_buffer: 64 << 20,
         }
     }
 }
@@ -192,10 +213,11 @@ impl Pollable for Conn {
 /// the same moment, and can't be made to fail any more.
 #[derive(Debug)]
 enum Event {
-    /// `used`: a session was running.
+    /// `used`: a session was running. `refused`: not the link has failed but what was said on it.
     LinkLost {
         why: String,
         used: bool,
+        refused: bool,
     },
     NoLink(String),
     Asked(Ask),
@@ -236,6 +258,9 @@ pub struct Proxy {
     capture: Option<Id>,
     pipes: HashMap<Key, Id>,
 
+    // Writers that wait for memory, and how much was in use when they found that they have to.
+    short: Vec<(Id, u64)>,
+
     // The transfers of those who write now, by the image.
     flows: HashMap<Key, TransferId>,
 
@@ -249,19 +274,37 @@ pub struct Proxy {
     // is all.
     run: Option<Vec<u8>>,
     finished: Option<(u64, u64)>,
+    // What the cache of this link, or of the last, takes of memory before it refuses more, in bytes; 0: no limit.
+    cache_limit: u64,
     // Sessions that are over here, while a cache may hold their images and wait for a word: it is told when it is
     // found again.
-    owed: VecDeque<SessionId>,
+    owed: VecDeque<Owed>,
     // Whether what the cache has just said is its word on how the session ends.
     peer_knows: bool,
+    // What the cache has said so far that it holds of a session whose link was lost; None: it was not asked.
+    holdings: Option<Vec<Holding>>,
+    // How much had been acknowledged when the session's link was lost last.
+    lost_at: Option<u64>,
+    // Whether the link is about to be closed for what was said on it: it does not come back.
+    refused: bool,
 
     // Scripted sessions: who has announced itself, whose announcement waits for an answer and until when, and
     // who holds CRIU at post-dump.
     announced: Vec<Announced>,
-    waiting: Vec<(Id, Instant)>,
+    waiting: Vec<Waiting>,
     held: Option<Held>,
-    // The source's tasks that live.
+    // The source's tasks that live, and whether one has died since they were counted.
     tasks: Vec<Id>,
+    broken: bool,
+    // The CRIU of a session that an earlier run has left.
+    last_criu: Option<Id>,
+    // What is written of the session in the work directory.
+    book: Book,
+    record: Option<Record>,
+
+    // What the cache says: whether it can stop a copy, and whether a restore waits there.
+    cache_restores: bool,
+    restore_waits: bool,
 }
 
 impl Proxy {
@@ -276,24 +319,33 @@ impl Proxy {
             // What is not kept can't be sent to a peer that takes whole images only.
             policy.choice = Choice::Only(Protocol::Relay);
         }
-        let session = Source::new(setup.keep, policy.leave_running);
+        let sender = match policy.reconnect {
+            Some(_) => {
+                // A session that goes on does so in the relay protocol.
+                policy.choice = Choice::Only(Protocol::Relay);
+                Sender::with_replay_buffer(policy.replay_buffer)
+            }
+            None => Sender::default(),
+        };
+        let session = Source::new(setup.keep, policy.leave_running, policy.commit);
         let session_id = net::random_id()?;
+        let hello = hello(session_id, &policy);
         let (dialer, link) = match setup.reach {
             Reach::Dial(mut dialer) => {
                 dialer.start(Instant::now(), false);
                 (Some(dialer), None)
             }
             Reach::Inherited(fd) => {
-                let link = Link::inherited(fd, hello(session_id), policy.choice, Instant::now());
+                let link = Link::inherited(fd, hello, policy.choice, Instant::now());
                 (None, Some(conns.insert(Conn::Link(link))?))
             }
         };
-        Ok(Self {
+        let mut proxy = Self {
             conns,
             max_conns: setup.max_conns,
             block: vec![0; pump::BLOCK],
             conduit: Conduit::default(),
-            bodies: Bodies::new(setup.max_memfds),
+            bodies: setup.bodies,
             images: Catalog::default(),
             session,
             exit: None,
@@ -313,17 +365,30 @@ impl Proxy {
             policy,
             dialer,
             link,
-            sender: Sender::default(),
+            sender,
             session_id,
             run: None,
             finished: None,
+            short: Vec::new(),
             owed: VecDeque::new(),
             peer_knows: false,
+            holdings: None,
+            lost_at: None,
+            refused: false,
             announced: Vec::new(),
             waiting: Vec::new(),
             held: None,
             tasks: Vec::new(),
-        })
+            broken: false,
+            last_criu: None,
+            book: setup.book,
+            record: None,
+            cache_restores: false,
+            restore_waits: false,
+            cache_limit: 0,
+        };
+        proxy.recover(setup.records).map_err(io::Error::other)?;
+        Ok(proxy)
     }
 
     fn new_session_id(&mut self) {
@@ -466,12 +531,17 @@ impl Proxy {
 }
 
 // What is said first on a link.
-fn hello(session: SessionId) -> Hello {
+fn hello(session: SessionId, policy: &Policy) -> Hello {
+    let reconnect = policy.reconnect.map_or(0, |time| u32::try_from(time.as_secs()).unwrap_or(u32::MAX));
     Hello {
         major: relay::MAJOR,
         minor: relay::MINOR,
         session: session.to_vec(),
-        commit: relay::COMMIT_STORED,
+        commit: match policy.commit {
+            Commit::Stored => relay::COMMIT_STORED,
+            Commit::Restored => relay::COMMIT_RESTORED,
+        },
+        reconnect,
         ..Hello::default()
     }
 }
@@ -512,7 +582,7 @@ impl Role for Proxy {
             }
             Some(Conn::Link(link)) if link.is_closing() => self.step_link(id),
             Some(Conn::Link(link)) => {
-                let step = link.expired();
+                let step = link.expired(&mut self.sender);
                 self.link_stepped(id, step);
             }
             Some(Conn::Pipe(_) | Conn::Process(_)) | None => {}
@@ -520,7 +590,8 @@ impl Role for Proxy {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let scripts = self.waiting.iter().map(|(_, until)| *until);
+        let now = Instant::now();
+        let scripts = self.waiting.iter().map(|waiting| waiting.wake_at(self.policy.confirm_timeout, now));
         let dialer = self.dialer.as_ref().and_then(Dialer::wake_at);
         let held = self.held.as_ref().map(|held| held.until);
         scripts.chain(dialer).chain(held).min()
@@ -535,6 +606,7 @@ impl Role for Proxy {
             self.run_request(id);
         }
         self.decide_deferred();
+        self.tick_memory();
         self.tick_link(now);
         self.tick_scripts(now);
         let draining = self.may_drain();

@@ -7,8 +7,9 @@ use crate::client::stream::{PipeIn, Way};
 use crate::peer::dialer::Dialer;
 use crate::pump;
 use crate::reactor::Exit;
+use crate::record::State;
 use crate::session::source::Decision;
-use crate::session::{self, Dialect, Word};
+use crate::session::{Commit, Dialect, Word};
 use crate::store::{Waits, catalog};
 use crate::wire::Key;
 use crate::wire::relay::{self, Kind};
@@ -16,7 +17,11 @@ use crate::wire::relay::{self, Kind};
 impl Proxy {
     pub(super) fn session_begins(&mut self) {
         if self.session.is_scripted() {
-            log::info!("a dump begins; it is scripted: CRIU goes on when the cache has confirmed everything");
+            let when = match self.policy.commit {
+                Commit::Stored => "the cache has confirmed everything",
+                Commit::Restored => "the copy stands ready on the other side",
+            };
+            log::info!("a dump begins; it is scripted: CRIU goes on when {when}");
         } else {
             log::info!(
                 "a dump begins; it is not scripted: CRIU kills the process without asking, and the cache serves \
@@ -26,6 +31,7 @@ impl Proxy {
         if self.session.is_linked() {
             self.announce_session();
         }
+        self.lost_at = None;
         // Its time for finding a link begins now.
         self.deferred.retain(|event| !matches!(event, Event::NoLink(_)));
         if !self.session.is_linked()
@@ -92,8 +98,18 @@ impl Proxy {
             Decision::Connect => self.dial(),
             Decision::SendAnew => self.send_anew(),
             Decision::Allow => self.allow(),
+            Decision::Finish => self.finish_source(),
+            Decision::Hold => log::error!(
+                "a part of the source lives and a part is dead, and what has become of its CRIU is not known: the copy \
+                 waits. If the source is whole, criu-relay resolve rollback; if it is not, kill what is left of it"
+            ),
             Decision::Deny(why) => self.deny(&why),
-            Decision::Say(word) => self.say_word(word),
+            Decision::Say(word) => {
+                if word == Word::Release {
+                    self.note(State::Released);
+                }
+                self.say_word(word);
+            }
             Decision::Stay if self.session.is_scripted() => log::warn!(
                 "asked to end, but the cache has to be told what becomes of the images that it holds: it stays until \
                  then; ask once more to leave that undecided"
@@ -154,21 +170,33 @@ impl Proxy {
             }
         }
         let stays = self.session.stays() && self.run.is_some() && self.sender.is_idle();
+        let mut told = outcome.is_ok() || decided || self.run.is_none();
         if !(stays && settled)
             && let Some(Conn::Link(link)) = self.link.take().and_then(|id| self.conns.remove(id))
         {
             self.run = None;
+            // One that was still being made is looked for again.
+            if let Some(dialer) = &mut self.dialer {
+                dialer.abandoned(Instant::now());
+            }
             match &outcome {
-                Err(why) if !decided => link.fail(&mut self.sender, why),
+                Err(why) if !decided => told |= link.fail(&mut self.sender, why),
                 _ => {}
             }
+        }
+        // It waits for a link that does not come back.
+        if !told && self.policy.reconnect.is_some() && self.record.is_none() {
+            self.owe(self.session_id, None);
         }
         // What has not asked for anything yet, or waits behind the fence, belongs to no session.
         self.drop_criu();
         self.sender.clear(&mut self.bodies);
         self.images.clear(&mut self.bodies);
+        self.bodies.set_yields(false);
         self.script_over(outcome.as_ref().err());
+        self.close_record(settled);
         self.finished = None;
+        self.holdings = None;
         self.new_session_id();
         self.deferred.retain(|event| matches!(event, Event::Asked(_)));
         let exit = if outcome.is_ok() { Exit::Done } else { Exit::Failed };
@@ -207,6 +235,7 @@ impl Proxy {
         self.open_writes.clear();
         self.pipes.clear();
         self.flows.clear();
+        self.short.clear();
         for id in ours {
             let body = match self.conns.remove(id) {
                 Some(Conn::Remote(client)) => client.body(),
@@ -246,20 +275,28 @@ impl Proxy {
         }
     }
 
-    pub(super) fn no_link(&mut self, why: String, only_copy: bool) -> Decision {
-        let rolls_back = self.session.word() == Some(Word::Rollback);
-        let decision = self.session.no_link(why, only_copy);
-        if rolls_back && matches!(decision, Decision::Over(_)) {
-            session::remember(&mut self.owed, self.session_id);
-        }
-        decision
+    // Whether a session whose link is lost goes on over the next: the cache was told that it might.
+    fn may_come_back(&self) -> bool {
+        let session = &self.session;
+        let sends = session.is_running() || session.is_held() || session.is_asking() || session.is_complete();
+        self.policy.reconnect.is_some() && self.run.is_some() && (sends || session.is_preparing())
     }
 
     fn decide_now(&mut self, event: Event) -> Decision {
         let only_copy = self.may_be_only_copy();
         match event {
             Event::LinkLost { used: false, .. } => self.session.unused_link_lost(),
+            // Nothing is lost with it: it may come back.
+            Event::LinkLost { why, refused: false, .. } if self.may_come_back() => {
+                if let Some(time) = self.policy.reconnect.filter(|_| !only_copy && !self.session.is_bound()) {
+                    log::warn!("the dump goes on if the link comes back within {} s", time.as_secs());
+                }
+                self.sender.link_lost();
+                self.session.reconnects(true);
+                self.session.link_lost(&why, only_copy)
+            }
             Event::LinkLost { why, .. } => {
+                self.session.reconnects(false);
                 // Unless it may have everything: it will be asked.
                 let ended = self.session.is_complete() || only_copy;
                 if ended && self.has_passed() && self.finished.is_none() {
@@ -275,7 +312,7 @@ impl Proxy {
                 }
                 Decision::Nothing
             }
-            Event::NoLink(why) => match self.no_link(why, only_copy) {
+            Event::NoLink(why) => match self.session.no_link(why, only_copy) {
                 // The search that is under way has no end any more.
                 Decision::Connect => Decision::Nothing,
                 other => other,

@@ -20,12 +20,15 @@ impl Proxy {
         // Should it have to wait for that, it is to be woken.
         self.draining &= draining;
         let step = client.step(&mut self.bodies, &mut self.block, &mut self.conduit, draining);
-        if let (Some(inflow), Ok(Step::Wait | Step::Again)) = (client.writing(), &step) {
+        if let (Some(inflow), Ok(Step::Wait | Step::Again | Step::Full)) = (client.writing(), &step) {
             let (key, body) = (inflow.key.clone(), inflow.body);
             self.grown(&key, body);
+            if step == Ok(Step::Full) {
+                self.short_of_memory(id, &key, body);
+            }
         }
         match step {
-            Ok(Step::Wait) => {}
+            Ok(Step::Wait | Step::Full) => {}
             Ok(Step::Again) => self.conns.again(id),
             Ok(Step::Requested) => self.fence.push(order, id),
             Ok(Step::Written) => return self.written(id),
@@ -102,9 +105,9 @@ impl Proxy {
                     None => (self.bodies.create(), 0),
                 };
                 self.writers.insert(key.clone(), id);
-                let started = client.start_write(key.clone(), body, start, &mut self.bodies);
+                client.start_write(key.clone(), body, start);
                 self.opens(&key, body, start);
-                started
+                Ok(())
             }
             Some(Request::Read(key)) => match self.images.get(&key) {
                 Some(image) => {

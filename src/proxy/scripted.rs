@@ -3,22 +3,30 @@
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
 
 use super::{Conn, Proxy};
 use crate::client::control::Controlled;
 use crate::client::process::Process;
-use crate::net;
 use crate::peer::Protocol;
-use crate::session::{Dialect, Word};
+use crate::record::State;
+use crate::session::source::Decision;
+use crate::session::{Commit, Dialect, Fate, Word};
 use crate::table::Id;
 use crate::wire::control::{Action, Request};
+use crate::{net, pump};
 
 const INVISIBLE: &str = "this CRIU's process id is not visible to criu-relay proxy: start the proxy in CRIU's PID \
                          namespace, or in one around it";
 
-/// SIGKILL in the masks of /proc/PID/status.
-const SIGKILL: u64 = 1 << 8;
+const NO_RESTORE: &str = "no criu restore waits at the cache: start it first (criu restore --stream --action-script \
+                          criu-relay, CRIU 3.19 or later, and with -D the cache's), or start criu-relay proxy with \
+                          --commit stored";
+
+/// How long a dump waits for a restore that may have been started in the same moment. Nothing is frozen yet.
+const RESTORE_GRACE: Duration = Duration::from_secs(3);
 
 /// A process that is watched.
 #[derive(Debug)]
@@ -26,6 +34,13 @@ pub struct Task {
     pub(super) process: Process,
     /// Whether it is a CRIU, and not a task of the source.
     criu: bool,
+}
+
+impl Task {
+    /// A process that is watched from now on.
+    pub fn new(process: Process, criu: bool) -> Self {
+        Self { process, criu }
+    }
 }
 
 /// A CRIU that has announced itself. (A restore may have, too: nothing says which it is.)
@@ -36,6 +51,13 @@ pub struct Announced {
     process: Id,
 }
 
+/// A script whose CRIU has not frozen anything yet, and waits for our leave.
+#[derive(Debug)]
+pub struct Waiting {
+    client: Id,
+    since: Instant,
+}
+
 /// A script that holds CRIU at `post-dump`.
 #[derive(Debug)]
 pub struct Held {
@@ -43,6 +65,16 @@ pub struct Held {
     /// When it is too late, unless something moves.
     pub until: Instant,
     progress: u64,
+    /// Commit `restored`: by when the copy has to stand ready.
+    prepared_by: Option<Instant>,
+}
+
+impl Waiting {
+    /// When it is to be looked at again.
+    pub fn wake_at(&self, patience: Duration, now: Instant) -> Instant {
+        let limits = [self.since + RESTORE_GRACE, self.since + patience];
+        limits.into_iter().filter(|limit| *limit > now).min().unwrap_or(now)
+    }
 }
 
 impl Proxy {
@@ -55,21 +87,35 @@ impl Proxy {
                 self.settle(id);
                 log::debug!("the action script: {}", request.action.name());
                 match request.action {
-                    Action::PreStream | Action::PreDump => self.announce(id, request.criu),
+                    Action::PreStream => self.announce(id, request.criu),
+                    Action::PreDump => match self.check_dump(&request) {
+                        Ok(()) => self.announce(id, request.criu),
+                        Err(why) => self.reply(id, Err(&why)),
+                    },
                     Action::PostDump => self.post_dump(id, request),
                     Action::PostRestore | Action::PreResume => {
                         self.reply(id, Err("this is criu-relay proxy, which restores nothing"));
                     }
+                    Action::Commit => self.resolved(id, Word::Release),
+                    Action::Rollback => self.resolved(id, Word::Rollback),
                 }
             }
             Err(why) => self.close(id, Some(why)),
         }
     }
 
+    // The operator has said it.
+    fn resolved(&mut self, id: Id, word: Word) {
+        let said = self.resolve(word);
+        if let Some(Conn::Control(control)) = self.conns.remove(id) {
+            control.verdict(said.as_deref().map_err(String::as_str));
+        }
+    }
+
     // Tells a script whether CRIU may go on.
     fn reply(&mut self, id: Id, verdict: Result<(), &str>) {
         if let Some(Conn::Control(control)) = self.conns.remove(id) {
-            control.verdict(verdict);
+            control.verdict(verdict.map(|()| ""));
         }
     }
 
@@ -79,12 +125,37 @@ impl Proxy {
             return self.reply(id, Err(INVISIBLE));
         };
         if !self.announced.iter().any(|announced| announced.pid == pid) {
-            match self.conns.insert(Conn::Process(Task { process: Process::new(criu), criu: true })) {
+            match self.conns.insert(Conn::Process(Task::new(Process::new(criu), true))) {
                 Ok(process) => self.announced.push(Announced { pid, process }),
                 Err(error) => return self.reply(id, Err(&format!("CRIU can't be watched: {error}"))),
             }
         }
-        self.waiting.push((id, Instant::now() + self.policy.confirm_timeout));
+        self.waiting.push(Waiting { client: id, since: Instant::now() });
+    }
+
+    // Whether a tree that is about to be frozen can be dumped at all.
+    fn check_dump(&self, request: &Request<OwnedFd>) -> Result<(), String> {
+        if self.cache_limit > 0 && request.memory > self.cache_limit {
+            return Err(format!(
+                "the tree has {} of memory, and the cache may use {} (--memory-limit there): raise it, or start the \
+                 cache with --spill-dir",
+                pump::human(request.memory),
+                pump::human(self.cache_limit)
+            ));
+        }
+        let network = |pid: Option<i32>| fs::read_link(format!("/proc/{}/ns/net", pid?)).ok();
+        let root = request.tasks.first().and_then(|root| network(net::pidfd_pid(root.as_fd())));
+        let criu = network(net::pidfd_pid(request.criu.as_fd()));
+        let ours = network(Some(std::process::id() as i32));
+        // CRIU locks the network of a tree that has its own: ours would be cut off with it.
+        if root.is_some() && root == ours && criu.is_some() && root != criu {
+            return Err(
+                "criu-relay proxy runs in the network namespace of the tree, which CRIU locks while it dumps: start \
+                 the proxy in the namespace of CRIU"
+                    .into(),
+            );
+        }
+        Ok(())
     }
 
     // Whether the CRIU of this capture connection has announced itself.
@@ -112,6 +183,11 @@ impl Proxy {
                      there, or start the proxy with --accept-unconfirmed",
                     link.name()
                 ))),
+                Some(Protocol::Relay) if self.needs_restore() && !self.cache_restores => Some(Err(format!(
+                    "{} is too old for --commit restored: use the same criu-relay there, or start the proxy with \
+                     --commit stored",
+                    link.name()
+                ))),
                 Some(_) => Some(Ok(())),
                 None => None,
             },
@@ -122,6 +198,17 @@ impl Proxy {
                 None => None,
             },
         }
+    }
+
+    fn needs_restore(&self) -> bool {
+        self.policy.commit == Commit::Restored
+    }
+
+    // Whether a dump needs a restore that waits, and there is none.
+    pub(super) fn lacks_restore(&self) -> bool {
+        let confirms = self.link.and_then(|id| self.conns.get(id));
+        let confirms = matches!(confirms, Some(Conn::Link(link)) if link.protocol() == Some(Protocol::Relay));
+        confirms && self.needs_restore() && !self.restore_waits
     }
 
     fn post_dump(&mut self, id: Id, request: Request<OwnedFd>) {
@@ -138,7 +225,7 @@ impl Proxy {
             Some("this dump was not announced, or not to a cache that confirms")
         } else if self.session.dialect() != Some(Dialect::Stream) {
             Some("the dump is one of criu --remote, which can't be confirmed")
-        } else if !self.is_of_session(pid) {
+        } else if self.criu_pid() != Some(pid) {
             Some("the dump that is in progress is another CRIU's")
         } else if request.tasks.is_empty() {
             Some("no task of the source was named")
@@ -148,8 +235,14 @@ impl Proxy {
         if let Some(why) = refused {
             return self.reply(id, Err(why));
         }
+        self.broken = false;
         for fd in request.tasks {
-            match self.conns.insert(Conn::Process(Task { process: Process::new(fd), criu: false })) {
+            let process = Process::new(fd);
+            // One that nobody has waited for yet: it is no part of what lives.
+            if process.is_dead() {
+                continue;
+            }
+            match self.conns.insert(Conn::Process(Task::new(process, false))) {
                 Ok(task) => self.tasks.push(task),
                 Err(error) => {
                     let why = format!("a task of the source can't be watched: {error}");
@@ -160,15 +253,15 @@ impl Proxy {
         }
         log::info!("CRIU is held until the cache has confirmed everything ({} processes)", self.tasks.len());
         let until = Instant::now() + self.policy.confirm_timeout;
-        self.held = Some(Held { client: id, until, progress: self.sender.progress() });
+        self.held = Some(Held { client: id, until, progress: self.sender.progress(), prepared_by: None });
         self.check_held();
     }
 
-    // Whether this process id is that of the CRIU whose dump is in progress.
-    fn is_of_session(&self, pid: i32) -> bool {
+    // The process id of the CRIU whose dump is in progress, if it is visible.
+    pub(super) fn criu_pid(&self) -> Option<i32> {
         match self.capture.and_then(|id| self.conns.get(id)) {
-            Some(Conn::Capture(capture)) => pid != 0 && capture.pid() == pid,
-            _ => false,
+            Some(Conn::Capture(capture)) => Some(capture.pid()).filter(|pid| *pid != 0),
+            _ => None,
         }
     }
 
@@ -186,7 +279,17 @@ impl Proxy {
     }
 
     pub(super) fn allow(&mut self) {
-        log::info!("the cache has confirmed everything: CRIU goes on");
+        if let Err(why) = self.write_down(State::Allowed) {
+            // Should CRIU and this daemon die in the middle of the killing, nobody would know that there was any.
+            let revoked = self.session.revoked(&why);
+            if revoked != Decision::Nothing {
+                return self.decide(revoked);
+            }
+        }
+        match self.policy.commit {
+            Commit::Stored => log::info!("the cache has confirmed everything: CRIU goes on"),
+            Commit::Restored => log::info!("the copy stands ready: CRIU goes on"),
+        }
         if let Some(held) = self.held.take() {
             self.reply(held.client, Ok(()));
         }
@@ -203,6 +306,7 @@ impl Proxy {
         }
         self.drop_criu();
         self.forget_tasks();
+        self.note(State::RolledBack);
         self.say_word(Word::Rollback);
     }
 
@@ -212,9 +316,26 @@ impl Proxy {
             return;
         }
         self.note_deaths();
-        let lives = self.source_lives();
-        let decision = self.session.criu_ended(lives);
+        let was_asking = self.record.as_ref().is_some_and(|record| record.state == State::Asking);
+        let fate = match self.fate() {
+            // CRIU had no leave: what is dead has ended by itself, or somebody else has killed it.
+            Fate::Broken if was_asking => Fate::Lives,
+            fate => fate,
+        };
+        let decision = self.session.criu_ended(fate);
         self.decide(decision);
+    }
+
+    // CRIU was killed in the middle of its killing.
+    pub(super) fn finish_source(&mut self) {
+        log::warn!("CRIU has ended when it had killed a part of the source: the rest is killed too");
+        for task in &self.tasks {
+            if let Some(Conn::Process(task)) = self.conns.get(*task)
+                && let Err(error) = task.process.send(Signal::KILL)
+            {
+                log::error!("a task of the source can't be killed, the copy waits for that: {error}");
+            }
+        }
     }
 
     // Whether a script waits for an answer at `post-dump`.
@@ -229,16 +350,19 @@ impl Proxy {
         }
     }
 
-    // Whether a task of the source lives, with no SIGKILL on its way. (Whoever sees CRIU sees its tree.)
-    fn source_lives(&self) -> bool {
-        self.tasks.iter().any(|id| match self.conns.get(*id) {
-            Some(Conn::Process(task)) => {
-                let killed = task.process.pid().is_some_and(is_killed);
-                // Unless it has died since.
-                !killed && !task.process.is_dead()
-            }
+    // What of the source is left. (Whoever sees CRIU sees its tree.)
+    pub(super) fn fate(&self) -> Fate {
+        let lives = |id: &Id| match self.conns.get(*id) {
+            // Unless it has died since.
+            Some(Conn::Process(task)) => !task.process.is_killed() && !task.process.is_dead(),
             _ => false,
-        })
+        };
+        let left = self.tasks.iter().filter(|id| lives(id)).count();
+        match left {
+            0 => Fate::Dead,
+            _ if self.broken || left < self.tasks.len() => Fate::Broken,
+            _ => Fate::Lives,
+        }
     }
 
     pub(super) fn step_process(&mut self, id: Id) {
@@ -255,16 +379,21 @@ impl Proxy {
         }
         if task.criu {
             self.announced.retain(|announced| announced.process != id);
+            if self.last_criu == Some(id) {
+                self.last_criu = None;
+                self.criu_ended();
+            }
             return;
         }
         self.tasks.retain(|task| *task != id);
+        self.broken = true;
         log::debug!("a process of the source is dead, {} are left", self.tasks.len());
         if self.tasks.is_empty() {
             self.source_died();
         }
     }
 
-    fn source_died(&mut self) {
+    pub(super) fn source_died(&mut self) {
         let decision = self.session.source_died();
         self.decide(decision);
     }
@@ -280,12 +409,12 @@ impl Proxy {
         if let Some(why) = &why {
             log::warn!("the action script {why}");
         }
-        self.waiting.retain(|(waiting, _)| *waiting != id);
+        self.waiting.retain(|waiting| waiting.client != id);
         if self.held.as_ref().is_some_and(|held| held.client == id) {
             self.note_deaths();
-            if !self.source_lives() {
+            if self.fate() == Fate::Dead {
                 // They were killed together: the images are all that is left, and what was asked for stands.
-                let decision = self.session.criu_ended(false);
+                let decision = self.session.criu_ended(Fate::Dead);
                 return self.decide(decision);
             }
             self.held = None;
@@ -302,16 +431,25 @@ impl Proxy {
     }
 
     pub(super) fn tick_scripts(&mut self, now: Instant) {
-        if !self.waiting.is_empty()
-            && let Some(verdict) = self.readiness()
-        {
-            for (id, _) in std::mem::take(&mut self.waiting) {
-                self.reply(id, verdict.as_ref().copied().map_err(String::as_str));
+        if !self.waiting.is_empty() {
+            let readiness = self.readiness();
+            let lacks = self.lacks_restore();
+            for waiting in std::mem::take(&mut self.waiting) {
+                let waits = |limit: Duration| now < waiting.since + limit;
+                let verdict = match &readiness {
+                    Some(Ok(())) if !lacks => Ok(()),
+                    Some(Ok(())) if !waits(RESTORE_GRACE) => Err(NO_RESTORE),
+                    Some(Err(why)) => Err(why.as_str()),
+                    None if !waits(self.policy.confirm_timeout) => {
+                        Err("there is no link to the cache yet (--confirm-timeout)")
+                    }
+                    _ => {
+                        self.waiting.push(waiting);
+                        continue;
+                    }
+                };
+                self.reply(waiting.client, verdict);
             }
-        }
-        while let Some(at) = self.waiting.iter().position(|(_, until)| *until <= now) {
-            let (id, _) = self.waiting.remove(at);
-            self.reply(id, Err("there is no link to the cache yet (--confirm-timeout)"));
         }
         let unscripted = self.held.is_some() && !self.session.is_scripted();
         if unscripted && self.pipes.is_empty() && self.sender.is_idle() {
@@ -321,9 +459,20 @@ impl Proxy {
                 self.reply(held.client, Ok(()));
             }
         }
+        // Without a link nothing can move: how long that may last is --reconnect's.
+        let torn = self.session.is_torn();
         if let Some(held) = &mut self.held {
             let progress = self.sender.progress();
-            if progress != held.progress {
+            if self.session.is_preparing() {
+                let until = *held.prepared_by.get_or_insert(now + self.policy.restore_timeout);
+                held.until = until;
+                if until <= now {
+                    let seconds = self.policy.restore_timeout.as_secs();
+                    self.failed(format!(
+                        "the copy does not stand ready after {seconds} s (--restore-timeout)"
+                    ));
+                }
+            } else if progress != held.progress || torn {
                 held.progress = progress;
                 held.until = now + self.policy.confirm_timeout;
             } else if held.until <= now {
@@ -337,15 +486,4 @@ impl Proxy {
             }
         }
     }
-}
-
-// Whether a process dies as soon as it may.
-fn is_killed(pid: i32) -> bool {
-    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return false };
-    status.lines().any(|line| match line.split_once(":\t") {
-        Some(("SigPnd" | "ShdPnd", mask)) => {
-            u64::from_str_radix(mask, 16).is_ok_and(|mask| mask & SIGKILL != 0)
-        }
-        _ => false,
-    })
 }

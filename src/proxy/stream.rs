@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use super::link::NONE_ANY_MORE;
 use super::{Conn, Proxy, Splice};
 use crate::client::stream::{Captured, PipeIn, Way};
 use crate::peer::sender::Passing;
@@ -10,6 +11,7 @@ use crate::peer::{Choice, Protocol};
 use crate::pump::{FillError, Flow, Inflow};
 use crate::reactor::Pollable;
 use crate::session::Dialect;
+use crate::store::limit;
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::criu::{Request, WriteMode};
@@ -121,6 +123,11 @@ impl Proxy {
             }
             self.capture = Some(id);
             self.session_begins();
+            if scripted && self.lacks_restore() {
+                // It has gone since CRIU was given leave.
+                let decision = self.session.restore_failed(NONE_ANY_MORE);
+                return self.decide(decision);
+            }
         }
         if self.pipes.contains_key(&key) {
             return self.failed(format!("CRIU opened {key} while it was still writing it"));
@@ -149,7 +156,8 @@ impl Proxy {
         let kept = !scripted && self.policy.retain.keeps(key);
         match self.policy.splice {
             Splice::Always => Some(Passing::Splice),
-            Splice::Auto if scripted => Some(Passing::Splice),
+            // What is to be sent again if the link is lost is copied.
+            Splice::Auto if scripted && self.policy.reconnect.is_none() => Some(Passing::Splice),
             _ if kept => None,
             Splice::Auto | Splice::Never => Some(Passing::Copy),
         }
@@ -211,13 +219,14 @@ impl Proxy {
                 self.complete(inflow);
                 self.image_ended();
             }
-            Err(error) => {
-                let (doing, error) = match error {
-                    FillError::Read(error) => ("read", error),
-                    FillError::Store(error) => ("stored", error),
-                };
+            Err(FillError::Store(error)) if limit::is_full(&error) => {
+                self.grown(&key, body);
+                self.short_of_memory(id, &key, body);
+            }
+            Err(FillError::Store(error)) => self.failed(self.bodies.refusal(&key, body, &error)),
+            Err(FillError::Read(error)) => {
                 let at = self.bodies.len(body);
-                self.failed(format!("{key} can't be {doing} at byte {at}: {error}"));
+                self.failed(format!("{key} can't be read at byte {at}: {error}"));
             }
         }
     }
