@@ -6,8 +6,11 @@
 //! ended. A complete session is served until a restore has succeeded, or, with --keep, until the next
 //! session is complete; a restore of the stream dialect goes on with the session that it began with.
 
+mod aside;
+mod copies;
 mod peer;
 mod readers;
+mod recover;
 mod scripted;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -32,13 +35,16 @@ use crate::peer::receiver::{Parked, Receiver};
 use crate::peer::relay::RelayPeer;
 use crate::pump::{Conduit, Flow, Outflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
+use crate::record::{Book, Record};
 use crate::session::sink::Decision;
-use crate::session::{Ask, Dialect, Sink};
+use crate::session::{Ask, Commit, Dialect, Sink};
 use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::relay::SessionId;
 use crate::{net, pump};
+use aside::Aside;
+use copies::{Copy, CopyTask};
 use scripted::Criu;
 
 /// TCP connections that may wait for their first frame at a time.
@@ -81,8 +87,12 @@ pub struct Setup {
     pub choice: Choice,
     /// Free what a restore has read.
     pub consume: bool,
-    /// Descriptors that bodies may take.
-    pub max_memfds: usize,
+    /// Where the record of a copy is kept, and what an earlier run has left there.
+    pub book: Book,
+    /// See [`Setup::book`].
+    pub records: Vec<Record>,
+    /// Where the images will be.
+    pub bodies: Bodies,
     /// Connections and pipes at a time.
     pub max_conns: usize,
 }
@@ -117,6 +127,8 @@ pub enum Conn {
     Control(Control),
     /// A CRIU that has announced itself.
     Criu(Criu),
+    /// A task of what it has restored.
+    Task(CopyTask),
 }
 
 /// A restore of the stream dialect.
@@ -143,6 +155,7 @@ impl Conn {
             Self::Relay(conn) => conn,
             Self::Control(conn) => conn,
             Self::Criu(criu) => &criu.process,
+            Self::Task(task) => &task.process,
         }
     }
 }
@@ -190,8 +203,10 @@ pub struct Cache {
     // Failed, for good: so many batches more, in which whoever has connected already is told.
     failing: Option<u8>,
 
-    // The session that comes in; the one that is stored and waits for its word; the last complete one.
+    // The session that comes in, and when its source may go; the one that is stored and waits for its word; the last
+    // complete one.
     incoming: Catalog,
+    commit: Commit,
     stored: Option<Rc<Catalog>>,
     last: Option<Rc<Catalog>>,
     // Of what comes in: the images that have begun, and who reads them already, by their bodies.
@@ -203,6 +218,16 @@ pub struct Cache {
     // come back. Since when nothing but that keeps us here.
     unheard: Option<SessionId>,
     lingers: Option<Instant>,
+    // What restores have made, until it runs or is dead.
+    copies: Vec<Copy>,
+    // What is written of them; and of those that run while their source may ask once more.
+    book: Book,
+    released: Vec<Record>,
+    // And of the session that is stored and waits for its word.
+    open: Option<Record>,
+    // Whether a proxy has been told that an announced restore waits, and whether that may have changed.
+    told_waits: bool,
+    restores_changed: bool,
     // Names this run of the cache.
     run: SessionId,
     choice: Choice,
@@ -217,6 +242,8 @@ pub struct Cache {
     asked: HashSet<Key>,
 
     peer: Option<Id>,
+    // What has come of a session whose link was lost.
+    aside: Option<Aside>,
     parked: VecDeque<Id>,
     inherited: bool,
     allowed: Vec<Allowed>,
@@ -241,18 +268,19 @@ impl Cache {
                 (Vec::new(), true)
             }
         };
-        Ok(Self {
+        let mut cache = Self {
             conns,
             max_conns: setup.max_conns,
             block: vec![0; pump::BLOCK],
             conduit: Conduit::default(),
-            bodies: Bodies::new(setup.max_memfds),
+            bodies: setup.bodies,
             session: Sink::new(setup.keep),
             exit: None,
             asks: Deferred::new(DEFER_AT_MOST),
             busy: false,
             failing: None,
             incoming: Catalog::default(),
+            commit: Commit::Stored,
             stored: None,
             last: None,
             arriving: HashMap::new(),
@@ -260,6 +288,12 @@ impl Cache {
             confirmed: VecDeque::new(),
             unheard: None,
             lingers: None,
+            copies: Vec::new(),
+            book: setup.book,
+            released: Vec::new(),
+            open: None,
+            told_waits: false,
+            restores_changed: false,
             run: net::random_id()?,
             choice: setup.choice,
             consume: setup.consume,
@@ -269,10 +303,13 @@ impl Cache {
             waits: Waits::default(),
             asked: HashSet::new(),
             peer: None,
+            aside: None,
             parked,
             inherited,
             allowed,
-        })
+        };
+        cache.recover(setup.records).map_err(io::Error::other)?;
+        Ok(cache)
     }
 
     fn settle(&mut self, id: Id) {
@@ -303,6 +340,7 @@ impl Cache {
                         }
                         Door::Criu(Dialect::Stream) => {
                             let pid = net::peer_pid(&fd);
+                            self.restores_changed = true;
                             Conn::Restore(Restore {
                                 serve: Serve::new(fd, now),
                                 images: None,
@@ -378,7 +416,7 @@ impl Cache {
                     && let Some(out) = client.reading_mut()
                     && catalog::is_pages(&out.key)
                 {
-                    readers::free(&self.bodies, out, out.at);
+                    readers::free(&mut self.bodies, out, out.at);
                 }
                 match (client.key(), why) {
                     (Some(key), Some(why)) => log::warn!("the reader of {key} {why}"),
@@ -394,6 +432,7 @@ impl Cache {
                 }
             }
             Conn::Restore(restore) => {
+                self.restores_changed = true;
                 if let Some(why) = why {
                     log::warn!("a client of streamer-serve.sock {why}");
                 }
@@ -431,11 +470,13 @@ impl Cache {
             }
             Conn::Relay(peer) => self.relay_gone(id, peer, why),
             Conn::Control(_) => {
+                self.script_gone(id);
                 if let Some(why) = why {
                     log::warn!("the action script {why}");
                 }
             }
             Conn::Criu(criu) => self.criu_gone(criu),
+            Conn::Task(_) => self.task_gone(id),
         }
     }
 }
@@ -458,6 +499,7 @@ impl Role for Cache {
             Some(Conn::Relay(_)) => self.step_relay(id),
             Some(Conn::Control(_)) => self.step_control(id),
             Some(Conn::Criu(_)) => self.step_criu(id),
+            Some(Conn::Task(_)) => self.step_task(id),
             None => {}
         }
     }
@@ -470,20 +512,22 @@ impl Role for Cache {
             }
             // It is we who have not looked.
             Some(Conn::Parked(parked)) if self.session.is_receiving() => parked.be_patient(),
-            Some(Conn::Relay(peer)) => {
-                peer.acknowledge();
-                self.settle(id);
-            }
+            Some(Conn::Relay(peer)) => match peer.expired(Instant::now()) {
+                Ok(()) => self.settle(id),
+                Err(why) => self.link_lost(id, why),
+            },
             Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_) | Conn::Control(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }
-            Some(Conn::Pipe(_) | Conn::Peer(_) | Conn::Criu(_)) | None => {}
+            Some(Conn::Pipe(_) | Conn::Peer(_) | Conn::Criu(_) | Conn::Task(_)) | None => {}
         }
     }
 
     fn wake_at(&self) -> Option<Instant> {
         // Once it is over, whatever else keeps us here is an event.
-        self.lingers.filter(|until| *until > Instant::now())
+        let lingers = self.lingers.filter(|until| *until > Instant::now());
+        let aside = self.aside.as_ref().map(Aside::until);
+        lingers.into_iter().chain(self.copies_wake_at()).chain(aside).min()
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
@@ -491,6 +535,7 @@ impl Role for Cache {
         while let Some(id) = self.fence.take() {
             self.run_request(id);
         }
+        self.tick_aside(now);
         if let Some(batches) = &mut self.failing {
             match batches.checked_sub(1) {
                 Some(less) => *batches = less,
@@ -499,6 +544,8 @@ impl Role for Cache {
             }
         }
         self.decide_asks();
+        self.tick_copies(now);
+        self.tell_waits();
         let is_busy = |conn: &Conn| match conn {
             Conn::Remote(client) => client.is_reading(),
             Conn::Relay(peer) => !peer.has_said_all(),
@@ -511,6 +558,9 @@ impl Role for Cache {
         {
             self.exit = self.exit.or(Some(Exit::Done));
         }
+        if self.exit.is_some() {
+            self.forget_released(None);
+        }
         let failing = self.failing.is_some() && self.lingers.is_none();
         (self.fence.is_waiting() || failing || !self.asks.is_empty(), self.exit)
     }
@@ -521,8 +571,12 @@ impl Role for Cache {
 }
 
 impl Cache {
-    // Whether the proxy of the last session knows how it ended, or has had its time.
+    // Whether the proxy of the last session knows how it ended, or has had its time, and nothing of a copy is left
+    // that has to die.
     fn may_leave(&mut self, now: Instant) -> bool {
+        if !self.copies.is_empty() {
+            return false;
+        }
         if self.unheard.is_none() {
             return true;
         }
@@ -549,9 +603,16 @@ impl Cache {
         let decision = self.session.terminate(signal);
         if let Decision::Over(outcome) = &decision {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
+            // Of a copy that was made the record stays.
+            if let Some(open) = self.open.take()
+                && !self.is_being_copied(open.session)
+            {
+                self.book.remove(&open);
+            }
             if let (true, Some(images)) = (only_copy, self.stored.as_ref().or(self.last.as_ref())) {
                 log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
             }
+            self.drop_aside();
             // So that it does not take our end for a good one.
             match self.peer.take().and_then(|id| self.conns.remove(id)) {
                 Some(Conn::Peer(peer)) => peer.abandon(&mut self.bodies),

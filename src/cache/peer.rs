@@ -11,13 +11,18 @@ use super::{Cache, Conn, MAX_PARKED, PARKED_AT_LEAST};
 use crate::peer::receiver::{Arrival, Parked, Shown};
 use crate::peer::relay::{Event, RelayPeer, Turn};
 use crate::reactor::{Exit, Pollable};
+use crate::record::{Record, State};
 use crate::session::sink::Heard;
-use crate::session::{self, Word};
+use crate::session::{self, Commit, Word};
 use crate::store::{BodyId, Catalog, catalog};
 use crate::table::Id;
 use crate::wire::Key;
 use crate::wire::relay::{self, Hello, Kind, SessionId, Welcome};
 use crate::{net, pump};
+
+/// With less than this, in bytes, memory is short: twice what comes in a turn, since an image can take that much
+/// while it grows.
+const SHORT: u64 = 2 * (pump::LINK_TURN + net::PIPE_SIZE) as u64;
 
 impl Cache {
     pub(super) fn park(&mut self, fd: OwnedFd) -> Result<(), String> {
@@ -30,9 +35,10 @@ impl Cache {
             return Err(format!("{address} is not among those that --allow-peer names"));
         }
         // With --keep the next peer waits its turn: refused, its whole session might be lost in the backlog. And
-        // a proxy whose session is stored here may have to come back for the outcome.
-        let takes = self.session.takes_peers() || !self.confirmed.is_empty();
-        if !takes || (self.session.is_receiving() && !self.session.stays()) {
+        // a proxy whose session is stored here may have to come back for the outcome, or one for the rest of its session.
+        let takes = self.session.takes_peers() || self.is_awaited();
+        let has_peer = self.session.is_receiving() && !self.session.stays() && !self.may_be_resumed();
+        if !takes || has_peer {
             return Err(format!("{address}: this cache has its peer"));
         }
         let now = Instant::now();
@@ -52,6 +58,11 @@ impl Cache {
         let id = self.conns.insert(parked).map_err(|error| error.to_string())?;
         self.parked.push_back(id);
         Ok(())
+    }
+
+    // Whether a proxy may come back for what it has not heard, or for what it has to say.
+    fn is_awaited(&self) -> bool {
+        !self.confirmed.is_empty() || self.session.knows_any()
     }
 
     fn is_silent(&self, id: Id) -> bool {
@@ -107,7 +118,7 @@ impl Cache {
             major: relay::MAJOR,
             minor: relay::MINOR,
             run: self.run.to_vec(),
-            memory_limit: 0,
+            memory_limit: self.bodies.hard_limit().unwrap_or(0),
             restore_waits: self.has_waiting_restore(),
         };
         self.replace_parked(id, |conn| match conn {
@@ -179,9 +190,12 @@ impl Cache {
     }
 
     fn dump_begins(&mut self, from: &str, scripted: bool) {
-        let served = match scripted {
-            true => "it is scripted: it is served when its source has released it",
-            false => "it is not scripted: it is served as soon as it is complete",
+        let served = match (scripted, self.commit) {
+            (true, Commit::Stored) => "it is scripted: it is served when its source has released it",
+            (true, Commit::Restored) => {
+                "it is scripted: its copy is made when it is stored, and runs when its source has released it"
+            }
+            (false, _) => "it is not scripted: it is served as soon as it is complete",
         };
         log::info!("a dump begins, from {from}; {served}");
         if scripted {
@@ -207,6 +221,8 @@ impl Cache {
                 false => self.offered(id, &hello),
             };
         }
+        self.make_room();
+        let Some(Conn::Relay(peer)) = self.conns.get_mut(id) else { return };
         let mut events = Vec::new();
         let turn =
             peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut self.conduit, &mut events);
@@ -220,10 +236,11 @@ impl Cache {
                 self.conns.again(id);
                 self.settle(id);
             }
-            Ok(Turn::End) => {
-                let why = (self.peer == Some(id)).then(|| "closed before the dump was finished".into());
-                self.close(id, why);
-            }
+            Ok(Turn::End) => match self.peer == Some(id) {
+                true => self.link_lost(id, "closed before the dump was finished".into()),
+                false => self.close(id, None),
+            },
+            Ok(Turn::Lost(why)) => self.link_lost(id, why),
             Ok(Turn::Fallback) => self.replace_parked(id, |conn| match conn {
                 Conn::Relay(peer) => Conn::Parked(Parked::fallen_back(peer.into_parts())),
                 other => other,
@@ -257,21 +274,12 @@ impl Cache {
             }
             Event::Finished(images, bytes) => self.finished(id, images, bytes),
             Event::Word(session, word) => self.word(id, session, word),
-            Event::Resume(session, run) => {
-                let known = self.confirmed.iter().find(|(known, ..)| *known == session);
-                let answer = match known {
-                    Some((_, images, bytes)) if run == self.run => {
-                        Kind::AllStored(relay::AllStored { images: *images, bytes: *bytes })
-                    }
-                    // Nothing is held of a session that was cut off.
-                    _ => Kind::Holding(relay::Holding { last: true, ..relay::Holding::default() }),
-                };
-                self.say(id, answer);
-            }
+            Event::Resume(session, run) => self.resume(id, session, &run),
             Event::Settled(session) => {
                 if self.unheard == Some(session) {
                     self.unheard = None;
                 }
+                self.forget_released(Some(session));
             }
             Event::Failed(why) if self.peer == Some(id) => {
                 self.close(id, Some(format!("has failed the dump: {why}")));
@@ -280,7 +288,7 @@ impl Cache {
         }
     }
 
-    fn say(&mut self, id: Id, kind: Kind) {
+    pub(super) fn say(&mut self, id: Id, kind: Kind) {
         if let Some(Conn::Relay(peer)) = self.conns.get_mut(id) {
             peer.say(kind);
             self.settle(id);
@@ -307,6 +315,10 @@ impl Cache {
         self.parked.retain(|other| *other != id);
         self.peer = Some(id);
         self.incoming.scripted = hello.scripted;
+        self.commit = match hello.commit {
+            relay::COMMIT_RESTORED => Commit::Restored,
+            _ => Commit::Stored,
+        };
         self.dump_begins(&name, hello.scripted);
         self.conns.again(id);
     }
@@ -325,19 +337,60 @@ impl Cache {
         self.unheard = Some(session);
         if self.incoming.scripted {
             let images = std::mem::take(&mut self.incoming);
+            let what = match self.commit {
+                Commit::Stored => "it is served when its source has released it",
+                Commit::Restored => "the restore that waits makes the copy",
+            };
             log::info!(
-                "the dump is stored: {} images, {}; it is served when its source has released it",
+                "the dump is stored: {} images, {}; {what}",
                 images.len(),
                 pump::human(images.bytes())
             );
-            self.session.hold(session);
+            self.session.hold(session, self.commit);
             self.stored = Some(Rc::new(images));
+            self.open_record(id, session);
+            // From here on another one has to wait, if any does.
+            self.told_waits = false;
+            self.restores_changed = true;
         } else {
             self.session.taken(session);
             self.session_ended(Ok(()));
         }
         self.say(id, Kind::AllStored(relay::AllStored { images, bytes }));
+        if self.session.offers() {
+            self.answer_all();
+        }
         self.wake_parked();
+    }
+
+    // So that the operator finds who has the images. Nothing depends on it: they go with this daemon.
+    fn open_record(&mut self, link: Id, session: SessionId) {
+        let name = match self.conns.get(link) {
+            Some(Conn::Relay(peer)) => peer.name().to_string(),
+            _ => String::new(),
+        };
+        match self.book.record(session, State::Stored) {
+            Ok(record) => self.open = Some(Record { peer: name, ..record }),
+            Err(why) => log::warn!("{why}"),
+        }
+        self.note_open();
+    }
+
+    pub(super) fn note_open(&self) {
+        if let Some(record) = &self.open
+            && let Err(why) = self.book.store(record)
+        {
+            log::warn!("{why}");
+        }
+    }
+
+    // It is decided. `copied`: the record is that of its copy now.
+    fn close_record(&mut self, copied: bool) {
+        if let Some(record) = self.open.take()
+            && !copied
+        {
+            self.book.remove(&record);
+        }
     }
 
     // The source has decided about its images.
@@ -349,22 +402,19 @@ impl Cache {
         };
         match (known, word) {
             (Heard::Decides, Word::Release) => {
-                log::info!("released by its source: its images are served now");
-                if let Some(images) = self.stored.take() {
-                    self.publish(images);
-                }
-                let decision = self.session.peer_ended(Ok(()));
-                self.decide(decision);
-                self.answer_all();
+                self.released(session);
             }
             (Heard::Decides, Word::Rollback) => {
-                log::warn!("rolled back: the source runs on, its images are dropped");
-                if let Some(images) = self.stored.take() {
-                    self.unpin(images);
+                if self.rolled_back(session, Some(id)) {
+                    return;
                 }
-                self.session_ended(Err("its source has rolled it back and runs on".into()));
             }
-            (Heard::Again, _) => {}
+            (Heard::Again, Word::Release) => {}
+            (Heard::Again, Word::Rollback) => {
+                if self.roll_back_copy(session, Some(id)) {
+                    return;
+                }
+            }
             // It is not complete, and perhaps still arriving, on this link or on one that is lost.
             (Heard::Unknown, Word::Rollback) => {
                 self.say(id, acknowledged);
@@ -373,10 +423,11 @@ impl Cache {
                 {
                     self.close(peer, Some("has rolled back its dump".into()));
                 }
+                self.roll_back_aside(session);
                 return;
             }
             (Heard::Unknown, Word::Release) => {
-                let why = "this cache does not have the images of that session (was it started anew?)";
+                let why = "this cache does not have the images of that session (was it started anew? its copy may run already)";
                 log::error!("a source has released a session that is not known here");
                 let errno = Errno::SRCH.raw_os_error() as u32;
                 return self.say(id, Kind::Error(relay::Error::new(errno, why)));
@@ -391,17 +442,63 @@ impl Cache {
         self.say(id, acknowledged);
     }
 
+    // The source is dead: its copy runs (true), or is made now.
+    pub(super) fn released(&mut self, session: SessionId) -> bool {
+        let runs = self.release_copy(session);
+        self.close_record(runs || self.is_being_copied(session));
+        match runs {
+            true => log::info!("released by its source"),
+            false => log::info!("released by its source: its images are served now"),
+        }
+        if let Some(images) = self.stored.take() {
+            self.publish(images);
+        }
+        let mut decision = self.session.peer_ended(Ok(()));
+        if runs {
+            self.tell(relay::SUCCEEDED, "");
+            decision = self.session.restore_ended(true);
+        }
+        self.decide(decision);
+        self.answer_all();
+        runs
+    }
+
+    // The source runs on. Whether a copy has to die first; `link` is told then.
+    pub(super) fn rolled_back(&mut self, session: SessionId, link: Option<Id>) -> bool {
+        log::warn!("rolled back: the source runs on, its images are dropped");
+        let dying = self.roll_back_copy(session, link);
+        self.close_record(dying);
+        self.drop_stored();
+        self.session_ended(Err("its source has rolled it back and runs on".into()));
+        dying
+    }
+
+    // The source runs on: nobody gets its images any more, and whoever has got some can't go on.
+    fn drop_stored(&mut self) {
+        let Some(images) = self.stored.take() else { return };
+        let at_it = self.conns.iter().filter(|(_, conn)| match conn {
+            Conn::Restore(restore) => restore.images.as_ref().is_some_and(|of| Rc::ptr_eq(of, &images)),
+            _ => false,
+        });
+        for id in at_it.map(|(id, _)| id).collect::<Vec<_>>() {
+            self.close(id, Some("had to be closed: the source has rolled back its dump".into()));
+        }
+        self.unpin(images);
+    }
+
     pub(super) fn relay_gone(&mut self, id: Id, peer: RelayPeer, why: Option<String>) {
         let name = peer.name().to_string();
         if self.peer != Some(id) {
             return self.unpark(id, &name, why);
         }
         let why = why.unwrap_or_default();
-        peer.abandon(Errno::IO, &format!("the session has failed: this proxy {why}"), &mut self.bodies);
+        let errno = peer.errno();
+        peer.abandon(errno, &format!("the session has failed: this proxy {why}"), &mut self.bodies);
         self.session_ended(Err(format!("the peer {name} {why}")));
     }
 
     pub(super) fn step_peer(&mut self, id: Id) {
+        self.make_room();
         let Some(Conn::Peer(peer)) = self.conns.get_mut(id) else { return };
         let mut complete = Vec::new();
         let arrival = peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut complete);
@@ -420,6 +517,22 @@ impl Cache {
                 self.session_ended(outcome);
             }
             Err(why) => self.close(id, Some(why)),
+        }
+    }
+
+    // Before the peer's images are refused for want of memory, what need not stay goes: the last session, if it has
+    // been restored and nobody reads it.
+    fn make_room(&mut self) {
+        if self.bodies.left() >= SHORT || !self.session.is_receiving() || !self.session.is_restored() {
+            return;
+        }
+        if let Some(images) = self.last.take_if(|images| Rc::strong_count(images) == 1) {
+            log::info!(
+                "memory is short: the last dump, which has been restored, is dropped: {} images, {}",
+                images.len(),
+                pump::human(images.bytes())
+            );
+            self.unpin(images);
         }
     }
 
@@ -459,7 +572,7 @@ impl Cache {
         }
         self.wake_parked();
         // A proxy of ours may come back for what it has not heard.
-        if self.session.is_full() && self.confirmed.is_empty() {
+        if self.session.is_full() && !self.is_awaited() {
             let peers = self.conns.iter().filter(|(_, conn)| match conn {
                 Conn::Listener(listener) => listener.kind() == super::Kind::Peer,
                 conn => matches!(conn, Conn::Parked(_)),

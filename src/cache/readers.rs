@@ -68,7 +68,7 @@ impl Cache {
             Conn::Criu(criu) => criu.is_at(images),
             _ => false,
         };
-        self.session.is_restored() || self.conns.iter().any(is_at_it)
+        self.session.is_restored() || self.is_copied(images) || self.conns.iter().any(is_at_it)
     }
 
     // What was consumed of images that are gone.
@@ -218,10 +218,11 @@ impl Cache {
             && let Some((pipe, outflow)) = client.piping_mut()
             && catalog::is_pages(&outflow.key)
         {
-            free_read(&self.bodies, outflow, pipe);
+            free_read(&mut self.bodies, outflow, pipe);
         }
         match step {
-            Ok(Step::Wait) => self.settle(id),
+            // Nothing is written here.
+            Ok(Step::Wait | Step::Full) => self.settle(id),
             Ok(Step::Again) => {
                 self.conns.again(id);
                 self.settle(id);
@@ -268,12 +269,19 @@ impl Cache {
     pub(super) fn answer_restore(&mut self, id: Id) {
         let Some(Conn::Restore(restore)) = self.conns.get(id) else { return };
         let Some(key) = restore.serve.waiting().cloned() else { return };
+        // Commit `restored`: one restore makes the copy before the source is dead.
+        let begun = restore.images.clone();
+        let offered = self.stored.clone().filter(|_| restore.announced && self.session.offers());
+        let takes_offer = begun.is_none() && offered.is_some();
         // A scripted session is restored once, by one at a time.
         let last = self.last.clone().filter(|images| !images.scripted || !self.is_taken(id, images));
-        let images = restore.images.clone().or(last);
+        let images = begun.or(offered).or(last);
         let scripted = match &images {
             Some(images) => images.scripted,
-            None => self.stored.is_some() || (self.peer.is_some() && self.incoming.scripted),
+            None => {
+                self.stored.is_some()
+                    || ((self.peer.is_some() || self.aside.is_some()) && self.incoming.scripted)
+            }
         };
         if scripted && !restore.announced {
             let why = "was refused: the session is scripted, and this criu restore needs --action-script criu-relay";
@@ -286,7 +294,13 @@ impl Cache {
             }
             self.follow(id, body, end);
         }
+        if takes_offer {
+            self.session.copying();
+        }
         let Some(Conn::Restore(restore)) = self.conns.get_mut(id) else { return };
+        if images.is_some() && restore.images.is_none() {
+            self.restores_changed = true;
+        }
         restore.images = images;
         let answered = match found {
             Found::Here(body, end) => {
@@ -317,7 +331,7 @@ impl Cache {
         let Some(Conn::Pipe(PipeOut { fd, outflow })) = self.conns.get_mut(id) else { return };
         let drained = pump::drain(&self.bodies, outflow, fd.as_fd());
         if self.consume && catalog::is_pages(&outflow.key) {
-            free_read(&self.bodies, outflow, fd.as_fd());
+            free_read(&mut self.bodies, outflow, fd.as_fd());
         }
         match drained {
             Ok(Flow::Wait | Flow::Starved) => {}
@@ -333,6 +347,9 @@ impl Cache {
         let of_last = |images: &Rc<Catalog>| {
             images.in_order().iter().any(|(_, image)| self.consumed.contains(&image.body))
         };
+        if self.stored.is_some() {
+            return "its images wait for the word of their source";
+        }
         match !self.last.as_ref().is_some_and(of_last) {
             true => "all images stay here, start criu restore again",
             false => "what it had read is not here any more (--consume): it can't be repeated from here",
@@ -357,7 +374,7 @@ impl Cache {
 }
 
 // Frees what has left the pipe: until then it is the image's own memory that CRIU reads there.
-fn free_read(bodies: &Bodies, outflow: &mut Outflow, pipe: BorrowedFd<'_>) {
+fn free_read(bodies: &mut Bodies, outflow: &mut Outflow, pipe: BorrowedFd<'_>) {
     let Ok(waiting) = ioctl_fionread(pipe) else { return };
     let read = outflow.at.saturating_sub(waiting);
     // Not for every page: the call costs.
@@ -367,7 +384,7 @@ fn free_read(bodies: &Bodies, outflow: &mut Outflow, pipe: BorrowedFd<'_>) {
 }
 
 // Frees the whole pages of an image up to `read`.
-pub(super) fn free(bodies: &Bodies, outflow: &mut Outflow, read: u64) {
+pub(super) fn free(bodies: &mut Bodies, outflow: &mut Outflow, read: u64) {
     match bodies.punch(outflow.body, outflow.freed, read) {
         Ok(to) => outflow.freed = to,
         Err(error) => log::debug!("{}: its memory can't be freed: {error}", outflow.key),

@@ -1,7 +1,7 @@
 //! The cache and CRIU's action script: which restores have announced themselves, and which have succeeded.
 //!
-//! A restore that has announced itself succeeds when its script says so at `pre-resume`, and fails when its CRIU
-//! ends without that. Its connection's end says neither.
+//! A restore that has announced itself fails when its CRIU ends before `post-restore`; from then on what it has made
+//! decides (`copies`). Its connection's end says neither.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -10,9 +10,11 @@ use super::{Cache, Conn};
 use crate::client::control::Controlled;
 use crate::client::process::Process;
 use crate::net;
+use crate::session::Word;
 use crate::store::Catalog;
 use crate::table::Id;
-use crate::wire::control::Action;
+use crate::wire::control::{Action, Request};
+use crate::wire::relay;
 
 /// A CRIU that has announced itself, watched by its pidfd.
 #[derive(Debug)]
@@ -22,8 +24,8 @@ pub struct Criu {
     pid: i32,
     /// What it was restoring when its connection closed.
     closed: Option<Rc<Catalog>>,
-    /// Whether its script has said that it succeeded.
-    succeeded: bool,
+    /// Whether its script has said at `post-restore` that it has made a copy.
+    copied: bool,
 }
 
 impl Criu {
@@ -43,21 +45,47 @@ impl Cache {
                 log::debug!("the action script: {}", request.action.name());
                 let verdict = match request.action {
                     Action::PreStream => self.announce(request.criu),
-                    Action::PreResume => self.pre_resume(&request.criu),
+                    Action::PostRestore => self.restored(request),
+                    Action::PreResume => {
+                        let verdict = self.pre_resume(request, id);
+                        return self.about_to_run_answered(id, verdict);
+                    }
                     Action::PreDump | Action::PostDump => {
                         Err("this is criu-relay cache, at which nothing is dumped".into())
                     }
-                    Action::PostRestore => Ok(()),
+                    Action::Commit => return self.resolved(id, Word::Release),
+                    Action::Rollback => return self.resolved(id, Word::Rollback),
                 };
-                self.reply(id, verdict);
+                self.reply(id, verdict.map(|()| String::new()));
             }
             Err(why) => self.close(id, Some(why)),
         }
     }
 
-    fn reply(&mut self, id: Id, verdict: Result<(), String>) {
+    // Tells the script. What it does if it does not hear that is done when it has closed.
+    fn about_to_run_answered(&mut self, id: Id, verdict: Result<(), String>) {
+        if verdict.is_err() {
+            return self.reply(id, verdict.map(|()| String::new()));
+        }
+        if let Some(Conn::Control(control)) = self.conns.get_mut(id)
+            && let Err(why) = control.reply(0, "")
+        {
+            log::warn!("the action script {why}");
+        }
+        // It may have closed already.
+        self.conns.again(id);
+        self.settle(id);
+    }
+
+    // The operator has said it.
+    fn resolved(&mut self, id: Id, word: Word) {
+        let said = self.resolve(word);
+        self.reply(id, said);
+    }
+
+    fn reply(&mut self, id: Id, verdict: Result<String, String>) {
         if let Some(Conn::Control(control)) = self.conns.remove(id) {
-            control.verdict(verdict.as_ref().copied().map_err(String::as_str));
+            control.verdict(verdict.as_deref().map_err(String::as_str));
         }
     }
 
@@ -72,21 +100,40 @@ impl Cache {
         };
         if let Some(criu) = self.criu_mut(pid) {
             // The same process restores again.
-            criu.succeeded = false;
+            criu.copied = false;
             if let Some(images) = criu.closed.take() {
                 self.unpin(images);
             }
         } else {
-            let criu = Criu { process: Process::new(criu), pid, closed: None, succeeded: false };
+            let criu = Criu { process: Process::new(criu), pid, closed: None, copied: false };
             let added = self.conns.insert(Conn::Criu(criu));
             added.map_err(|error| format!("CRIU can't be watched: {error}"))?;
         }
+        self.restores_changed = true;
         log::info!("a restore has announced itself");
         Ok(())
     }
 
     pub(super) fn has_announced(&self, pid: i32) -> bool {
         self.conns.iter().any(|(_, conn)| matches!(conn, Conn::Criu(criu) if pid != 0 && criu.pid == pid))
+    }
+
+    // Tells our proxies when that changes.
+    pub(super) fn tell_waits(&mut self) {
+        if !std::mem::take(&mut self.restores_changed) {
+            return;
+        }
+        let waits = self.has_waiting_restore();
+        if self.session.offers() && !waits {
+            // Nobody is left to make the copy.
+            self.session.copying();
+            self.session.copy_failed();
+            self.tell(relay::FAILED, "none waits any more");
+        }
+        if waits != self.told_waits {
+            self.told_waits = waits;
+            self.tell(if waits { relay::WAITS } else { relay::NONE_WAITS }, "");
+        }
     }
 
     // Whether a restore that has announced itself waits for its first image.
@@ -107,40 +154,50 @@ impl Cache {
         }
     }
 
-    // Everything is restored, and about to run.
-    fn pre_resume(&mut self, criu: &OwnedFd) -> Result<(), String> {
-        let pid = net::pidfd_pid(criu.as_fd()).unwrap_or(0);
+    // What this CRIU restores from, if it has got something of it.
+    pub(super) fn images_of(&self, pid: i32) -> Option<Rc<Catalog>> {
+        self.conns.iter().find_map(|(_, conn)| match conn {
+            Conn::Restore(restore) if restore.pid == pid => restore.images.clone(),
+            Conn::Criu(criu) if criu.pid == pid => criu.closed.clone(),
+            _ => None,
+        })
+    }
+
+    // Memory, files and PIDs are there. An error kills them.
+    fn restored(&mut self, request: Request<OwnedFd>) -> Result<(), String> {
+        let pid = net::pidfd_pid(request.criu.as_fd()).unwrap_or(0);
         if !self.has_announced(pid) {
-            return Err("this restore has not announced itself (CRIU has pre-stream since 3.19)".into());
+            // Before 3.19 CRIU has no pre-stream. It is given nothing of a scripted session.
+            return Ok(());
         }
-        let at_it = self.conns.iter().find_map(|(id, conn)| match conn {
-            Conn::Restore(restore) if restore.announced && restore.pid == pid => Some(id),
-            _ => None,
-        });
-        // What its connection does from here on means nothing any more.
-        let at_it = match at_it.and_then(|id| self.conns.get_mut(id)) {
-            Some(Conn::Restore(restore)) => {
-                restore.announced = false;
-                restore.asked.clear();
-                restore.images.take()
+        self.post_restore(pid, request.tasks)?;
+        if let Some(criu) = self.criu_mut(pid) {
+            criu.copied = true;
+            if let Some(images) = criu.closed.take() {
+                self.unpin(images);
             }
-            _ => None,
-        };
-        let Some(criu) = self.criu_mut(pid) else { return Ok(()) };
-        let Some(images) = at_it.or(criu.closed.take()) else {
-            return Err("this restore has read nothing here".into());
-        };
-        criu.succeeded = true;
-        log::info!("the restore has succeeded: its action script says so");
-        self.decide_restored(&images, true);
-        self.unpin(images);
+        }
         Ok(())
     }
 
-    // The connection of an announced restore has closed: judged when its script has spoken, or its CRIU ended.
+    // Everything is restored, and about to run. An error: nothing of it may.
+    fn pre_resume(&mut self, request: Request<OwnedFd>, script: Id) -> Result<(), String> {
+        let pid = net::pidfd_pid(request.criu.as_fd()).unwrap_or(0);
+        match self.has_announced(pid) {
+            true => self.about_to_run(pid, request.tasks, request.stays, script),
+            false => Ok(()),
+        }
+    }
+
+    // The connection of an announced restore has closed: judged when it has made a copy, or its CRIU ended.
     pub(super) fn restore_closed(&mut self, pid: i32, images: Rc<Catalog>) {
         match self.criu_mut(pid) {
-            Some(criu) if criu.succeeded => self.unpin(images),
+            Some(criu) if criu.copied => {
+                self.unpin(images);
+                self.copys_criu_closed(pid);
+                // Should its copy be dead already, another may try.
+                self.answer_all();
+            }
             Some(criu) => {
                 if let Some(before) = criu.closed.replace(images) {
                     self.unpin(before);
@@ -160,6 +217,7 @@ impl Cache {
     }
 
     pub(super) fn criu_gone(&mut self, criu: Criu) {
+        self.copys_criu_ended(criu.pid);
         if let Some(images) = criu.closed {
             self.restore_failed(&images);
             self.unpin(images);
@@ -168,7 +226,10 @@ impl Cache {
 
     fn restore_failed(&mut self, images: &Rc<Catalog>) {
         let more = self.what_stays();
-        log::error!("the restore has failed: its CRIU ended without a word of its action script; {more}");
+        log::error!("the restore has failed: its CRIU ended before it had made a copy; {more}");
+        if self.is_stored(images) && self.session.copy_failed() {
+            self.tell(relay::FAILED, "its CRIU ended before it had made a copy");
+        }
         self.decide_restored(images, false);
         // Another may try.
         self.answer_all();
