@@ -11,13 +11,16 @@ use log::LevelFilter;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-use crate::cli::{BACKGROUND, Options, Verb};
+use crate::cli::{BACKGROUND, MEMORY_MIN, Options, Verb};
 use crate::client::Door;
 use crate::peer::dialer::Dialer;
+use crate::pump::human;
 use crate::reactor::{Exit, Reactor};
+use crate::record::Book;
 use crate::session::Dialect;
 use crate::sockets::{self, Sockets};
-use crate::{cache, proxy, script};
+use crate::store::{Bodies, SpillFile};
+use crate::{cache, memory, proxy, script};
 
 /// Descriptors kept back for what is neither a body nor a connection: the log, the poll, a descriptor that
 /// is just being received.
@@ -52,6 +55,7 @@ pub fn run(options: &Options) -> Result<Exit, String> {
 
 fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Result<Exit, String> {
     let (max_memfds, max_conns) = raise_descriptor_limit();
+    let bodies = images_memory(options, max_memfds)?;
     let reactor = Reactor::new().map_err(|error| format!("the poll loop can't be made: {error}"))?;
     // A failure from here on leaves no socket behind: `files` removes them.
     let mut files = Sockets::default();
@@ -66,6 +70,10 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
         (files.place(&options.images_dirs, stream)?, Door::Criu(Dialect::Stream)),
         (files.place(&options.images_dirs, script::socket_name(options.verb))?, Door::Control),
     ];
+    let images_dir = fs::canonicalize(&options.images_dirs[0]);
+    let images_dir = images_dir.map_err(|error| format!("{}: {error}", options.images_dirs[0].display()))?;
+    let book = Book::new(options.verb, options.work_dir.clone(), images_dir);
+    let records = book.take_over()?;
     let wrong = |error: io::Error| format!("{} can't be started: {error}", options.verb.name());
     let exit = match options.verb {
         Verb::Proxy => {
@@ -77,7 +85,7 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
                 }
             };
             let (keep, policy) = (options.keep, options.policy.clone());
-            let setup = proxy::Setup { listeners, reach, keep, policy, max_memfds, max_conns };
+            let setup = proxy::Setup { listeners, reach, keep, policy, book, records, bodies, max_conns };
             let mut role = proxy::Proxy::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, None, status)?;
             let exit = reactor.run(&mut role);
@@ -95,7 +103,8 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
                 }
             };
             let (keep, choice, consume) = (options.keep, options.policy.choice, options.consume);
-            let setup = cache::Setup { listeners, reach, keep, choice, consume, max_memfds, max_conns };
+            let setup =
+                cache::Setup { listeners, reach, keep, choice, consume, book, records, bodies, max_conns };
             let mut role = cache::Cache::new(&reactor, setup).map_err(wrong)?;
             let _pidfile = ready(options, port, status)?;
             let exit = reactor.run(&mut role);
@@ -192,6 +201,35 @@ fn raise_descriptor_limit() -> (usize, usize) {
          their own"
     );
     (memfds as usize, conns as usize)
+}
+
+// Where the images will be, and how much of it there is.
+fn images_memory(options: &Options, max_memfds: usize) -> Result<Bodies, String> {
+    let spill = options.spill_dir.as_deref().map(SpillFile::open).transpose()?;
+    let (limit, source) = match (options.memory_limit, options.verb) {
+        (Some(limit), _) => (Some(limit), "--memory-limit".into()),
+        (None, Verb::Proxy) => (None, String::new()),
+        (None, Verb::Cache) => match memory::available() {
+            Some(memory::Available { bytes, source }) => {
+                let limit = (bytes / 5 * 4).max(MEMORY_MIN);
+                (Some(limit), format!("80 % of the {} available by {source}", human(bytes)))
+            }
+            None => {
+                log::warn!(
+                    "how much memory is available can't be found out: there is no limit (--memory-limit)"
+                );
+                (None, String::new())
+            }
+        },
+    };
+    if let Some(limit) = limit {
+        let beyond = match &spill {
+            Some(spill) => format!("images beyond it go to {}", spill.dir().display()),
+            None => "images beyond it are refused".into(),
+        };
+        log::info!("the memory limit is {} ({source}): {beyond}", human(limit));
+    }
+    Ok(Bodies::new(max_memfds).limited(limit, spill))
 }
 
 fn log_path(options: &Options) -> Option<PathBuf> {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use criu_relay::cli::{self, Command};
 use criu_relay::daemon;
 use criu_relay::reactor::Exit;
+use criu_relay::resolve;
 use criu_relay::script;
 
 fn main() -> ExitCode {
@@ -22,16 +23,24 @@ fn main() -> ExitCode {
         };
     }
     match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Print(text)) => match std::io::stdout().write_all(text.as_bytes()) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        },
+        Ok(Command::Print(text)) => print(&text),
         Ok(Command::Run(options)) => match daemon::run(&options) {
             Ok(Exit::Done) => ExitCode::SUCCESS,
             Ok(Exit::Failed) => ExitCode::FAILURE,
             Err(why) => complain(&why, 1),
         },
+        Ok(Command::Resolve(asked)) => match resolve::run(&asked) {
+            Ok(text) => print(&text),
+            Err(why) => complain(&why, 1),
+        },
         Err(why) => complain(&why, 2),
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
