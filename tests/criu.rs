@@ -7,10 +7,9 @@
 #[path = "criu/harness.rs"]
 mod harness;
 
-use std::process::Command;
 use std::time::Duration;
 
-use harness::{Answer, Bench, Daemon, Netns, PATIENCE, Process, Restore, ThreadWatch, free_port, wait_for};
+use harness::{Answer, Bench, Daemon, PATIENCE, Process, Restore, ThreadWatch, free_port, wait_for};
 use rustix::process::Signal;
 
 /// Both daemons with their link, and a workload that is well.
@@ -31,7 +30,8 @@ impl Migration {
     fn with(test: &str, workload: &[&str], cache: &[&str], proxy: &[&str]) -> Option<Self> {
         let bench = Bench::new(test)?;
         let cache = bench.cache(cache);
-        let mut proxy = bench.proxy(cache.port, proxy);
+        // The last one counts.
+        let mut proxy = bench.proxy(cache.port, &[&["--commit", "stored"], proxy].concat());
         proxy.logs("connected to");
         let workload = bench.workload(workload);
         let before = bench.ask();
@@ -208,31 +208,11 @@ fn no_cache_at_all() {
     assert_eq!((bench.ask().pid, workload.ended()), (before.pid, None), "the source went on");
 }
 
-// Two hosts: 10.77.0.1 and 10.77.0.2.
-fn two_hosts() -> Result<[Netns; 2], String> {
-    let ip = |args: &str| match Command::new("ip").args(args.split_whitespace()).output() {
-        Ok(done) if done.status.success() => Ok(()),
-        Ok(done) => Err(format!("ip {args}: {}", String::from_utf8_lossy(&done.stderr).trim())),
-        Err(error) => Err(format!("ip: {error}")),
-    };
-    let hosts = ["a", "b"].map(|host| Netns(format!("criu-{host}-{}", std::process::id())));
-    let [a, b] = [&hosts[0].0, &hosts[1].0];
-    ip(&format!("netns add {a}"))?;
-    ip(&format!("netns add {b}"))?;
-    ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"))?;
-    for (host, address) in [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")] {
-        ip(&format!("-n {host} address add {address} dev veth0"))?;
-        ip(&format!("-n {host} link set veth0 up"))?;
-        ip(&format!("-n {host} link set lo up"))?;
-    }
-    Ok(hosts)
-}
-
 #[test]
 fn two_network_namespaces() {
     let test = "two_network_namespaces";
     let Some(mut bench) = Bench::new(test) else { return };
-    match two_hosts() {
+    match harness::two_hosts() {
         Ok(hosts) => bench.netns = Some(hosts),
         Err(why) => return harness::skip(test, &why),
     }
@@ -267,7 +247,7 @@ fn a_signal_while_the_proxy_has_the_only_copy() {
     assert!(m.proxy.has_logged(", are dropped"));
 }
 
-// --- Scripted: with --action-script criu-relay on both sides.
+// --- Scripted: with --action-script criu-relay on both sides. (The other commit point is in criu_restored.rs.)
 
 const SCRIPT: [&str; 2] = ["--action-script", env!("CARGO_BIN_EXE_criu-relay")];
 
@@ -330,7 +310,7 @@ fn a_scripted_restore_whose_pid_is_taken() {
     assert_eq!(m.workload.end(), -9);
     assert_eq!(m.proxy.process.end(), 0, "the proxy");
     assert_ne!(m.bench.restore_with_taken(m.before.pid, &SCRIPT).process.end(), 0, "criu restore");
-    m.cache.logs("its CRIU ended without a word of its action script");
+    m.cache.logs("its CRIU ended before it had made a copy");
     // Without the script it is refused, and that changes nothing.
     assert_ne!(m.bench.restore().process.end(), 0, "criu restore without its script");
     m.cache.logs("this criu restore needs --action-script criu-relay");

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::relay::{FakeCache, FakeProxy};
-use common::script::{Bench, Script, is_left_waiting, pre_stream};
+use common::script::{Bench, is_left_waiting, pre_stream, succeeds};
 use common::*;
 use rustix::process::Signal;
 
@@ -189,7 +189,7 @@ fn a_proxy_whose_release_was_heard_is_told_so() {
             assert!(restore.read(name).is_some());
         }
         if scripted {
-            Script::start("pre-resume", &cache, None).agrees();
+            succeeds(&cache);
         }
         drop(restore);
         middle.down.store(true, Ordering::SeqCst);
@@ -215,7 +215,7 @@ fn a_scripted_session_is_restored_once() {
     bench.disconnect();
     assert_eq!(restore.answer(), Some(true));
     restore.pipe().read_to_end(&mut Vec::new()).unwrap();
-    Script::start("pre-resume", &cache, None).agrees();
+    succeeds(&cache);
     drop(restore);
     cache.wait_log("the restore has succeeded");
     // The restore of the next dump is started first.
@@ -307,7 +307,7 @@ fn one_process_restores_twice() {
         let mut restore = Restore::connect(&cache);
         assert!(restore.read("inventory.img").is_some());
         drop(restore);
-        Script::start("pre-resume", &cache, None).agrees();
+        succeeds(&cache);
     }
 }
 

@@ -89,6 +89,7 @@ fn sections_stand_in_their_order() {
         "NAME",
         "SYNOPSIS",
         "DESCRIPTION",
+        "COMMIT",
         "OPTIONS",
         "FILES",
         "EXIT STATUS",

@@ -10,7 +10,7 @@
  *     ok counter=N pid=P procs=K uts=NAME      or      bad WHAT
  *
  * When DIR/scribble appears, it is removed, the root's heap is overwritten, which is wrong from then on, and
- * DIR/scribbled appears.
+ * DIR/scribbled appears. When DIR/grow appears, it is removed, the root takes 64 MiB more, and DIR/grown appears.
  *
  * Files in DIR are opened only for that moment: none is open when CRIU comes, unless by bad luck.
  * Standard input, output and error are the caller's business (give it /dev/null).
@@ -127,6 +127,8 @@ static int is_right(const uint64_t *page, uint64_t kind, uint64_t index)
 		wrong |= page[i] ^ xorshift(&state);
 	return !wrong;
 }
+
+enum { GROWTH = 64 << 20 };
 
 enum { HEAP = 10 /* plus the process */, SHARED_KIND = 20, SMALL_KIND = 21, GHOST_KIND = 22 };
 
@@ -412,16 +414,29 @@ static void put(const char *name, const char *format, ...)
 		rename(temporary, to);
 }
 
-/* What CRIU has dumped must not change any more, whatever this process does. */
-static void scribble(void)
+static int wished(const char *name)
 {
 	char path[PATH_MAX + 20];
 
-	snprintf(path, sizeof(path), "%s/scribble", dir);
-	if (uptime % 10 || unlink(path))
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	return !(uptime % 10) && !unlink(path);
+}
+
+/* What CRIU has dumped must not change any more, whatever this process does. */
+static void scribble(void)
+{
+	if (!wished("scribble"))
 		return;
 	memset(heap, 0xff, heap_pages * PAGE);
 	put("scribbled", "\n");
+}
+
+static void grow(void)
+{
+	if (!wished("grow"))
+		return;
+	memset(map(GROWTH, MAP_PRIVATE), 0x5a, GROWTH);
+	put("grown", "\n");
 }
 
 /* The root's tick: takes questions from DIR and puts the answers there. */
@@ -582,6 +597,7 @@ int main(int argc, char **argv)
 		tick();
 		if (me == ROOT) {
 			scribble();
+			grow();
 			serve();
 		}
 		answer_question();

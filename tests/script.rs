@@ -169,7 +169,8 @@ fn the_directory_is_a_descriptor_of_criu() {
     let socket = Socket::new(&dir, PROXY);
     let open = fs::File::open(&dir.0).unwrap();
     let by_descriptor = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&open));
-    let child = script("pre-dump", Path::new(&by_descriptor)).spawn().unwrap();
+    let own = std::process::id().to_string();
+    let child = script("pre-dump", Path::new(&by_descriptor)).env("CRTOOLS_INIT_PID", own).spawn().unwrap();
     let (control, request) = socket.request();
     assert_eq!(request.action, Action::PreDump);
     drop(control);
@@ -183,15 +184,21 @@ fn the_directory_is_a_descriptor_of_criu() {
 fn each_action_has_its_daemon() {
     let dir = Dir::new();
     let (proxy, cache) = (Socket::new(&dir, PROXY), Socket::new(&dir, CACHE));
-    for (action, to, other) in [("pre-dump", &proxy, &cache), ("pre-resume", &cache, &proxy)] {
-        let child = script(action, &dir.0).spawn().unwrap();
+    let tree = Tree::new(SMALL, 5);
+    for (action, to, other, tasks) in [
+        ("pre-dump", &proxy, &cache, 1),
+        ("post-restore", &cache, &proxy, 5),
+        ("pre-resume", &cache, &proxy, 5),
+    ] {
+        let child = script(action, &dir.0).env("CRTOOLS_INIT_PID", tree.root()).spawn().unwrap();
         let (mut control, request) = to.request();
-        assert_eq!(request.action.name(), action);
+        assert_eq!((request.action.name(), request.tasks.len()), (action, tasks));
+        assert_eq!(request.memory > 0, action == "pre-dump", "{action}: {}", request.memory);
         control.reply(0, "fine").unwrap();
         assert_eq!(end(child), (Some(0), String::new()));
         assert!(other.is_left_alone());
     }
-    for action in ["post-restore", "network-lock", "setup-namespaces", "post-resume", "", "new"] {
+    for action in ["commit", "rollback", "network-lock", "setup-namespaces", "post-resume", "", "new"] {
         // Whatever stands in the environment.
         let status = output(action, Path::new("/nonexistent")).status.code();
         assert_eq!(status, Some(0), "{action}");
@@ -287,11 +294,34 @@ fn a_refusal_is_a_sentence() {
     let said = "criu-relay: pre-stream: no restore waits at the cache\n";
     assert_eq!(end(child), (Some(1), said.into()));
 
-    let child = script("pre-resume", &dir.0).spawn().unwrap();
+    let child = script("pre-stream", &dir.0).spawn().unwrap();
     let (mut control, _) = cache.request();
     control.reply(2, "").unwrap();
     let (status, said) = end(child);
     assert!(status == Some(1) && said.contains("No such file"), "{said}");
+}
+
+// CRIU goes on whatever the script returns: so nothing of the tree is left that could run.
+#[test]
+fn a_tree_that_may_not_run_is_stopped() {
+    for gone in [false, true] {
+        let dir = Dir::new();
+        let cache = Socket::new(&dir, CACHE);
+        let tree = Tree::new(SMALL, 5);
+        let child = script("pre-resume", &dir.0).env("CRTOOLS_INIT_PID", tree.root()).spawn().unwrap();
+        let (mut control, _) = cache.request();
+        if !gone {
+            control.reply(11, "its source runs on").unwrap();
+        }
+        drop(control);
+        assert_eq!(end(child).0, Some(1));
+        for pid in &tree.pids {
+            wait_until("a stopped process", || {
+                let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+                status.contains("State:\tT")
+            });
+        }
+    }
 }
 
 #[test]
@@ -310,7 +340,8 @@ fn a_daemon_that_answers_nonsense() {
     let dir = Dir::new();
     let socket = Socket::new(&dir, PROXY);
     for answer in [&[0; 4][..], &[1, 0, 0, 0, 255], &[2, 0, 0, 0, 8, 0]] {
-        let child = script("pre-dump", &dir.0).spawn().unwrap();
+        let own = std::process::id().to_string();
+        let child = script("pre-dump", &dir.0).env("CRTOOLS_INIT_PID", own).spawn().unwrap();
         let mut client = socket.0.accept().unwrap().0;
         client.write_all(answer).unwrap();
         let (status, said) = end(child);
@@ -321,14 +352,15 @@ fn a_daemon_that_answers_nonsense() {
 #[test]
 fn no_daemon_is_a_failure() {
     let dir = Dir::new();
+    let tree = Tree::new(SMALL, 5);
     for (action, what) in [
         ("pre-stream", "proxy or cache"),
         ("pre-dump", "proxy"),
         ("post-dump", "proxy"),
+        ("post-restore", "cache"),
         ("pre-resume", "cache"),
     ] {
-        let own = std::process::id().to_string();
-        let output = script(action, &dir.0).env("CRTOOLS_INIT_PID", own).output().unwrap();
+        let output = script(action, &dir.0).env("CRTOOLS_INIT_PID", tree.root()).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         let path = dir.0.display();
         assert_eq!(output.status.code(), Some(1), "{action}");
@@ -336,7 +368,7 @@ fn no_daemon_is_a_failure() {
         assert!(said.contains(&format!("start criu-relay {what} with -D {path}")), "{said}");
     }
     let wrong = |dir: &Path, why: &str| {
-        let output = output("pre-dump", dir);
+        let output = script("pre-dump", dir).env("CRTOOLS_INIT_PID", tree.root()).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(1) && said.contains(why), "{said}");
     };
@@ -379,7 +411,11 @@ fn only_criu_makes_a_script_of_it() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(status) && said.contains(why), "{said}");
     };
-    usage(Command::new(binary()).env_remove("CRTOOLS_SCRIPT_ACTION"), 2, "proxy or cache has to be named");
+    usage(
+        Command::new(binary()).env_remove("CRTOOLS_SCRIPT_ACTION"),
+        2,
+        "proxy, cache or resolve has to be named",
+    );
     // With arguments it is a command line like any other.
     usage(script("pre-stream", Path::new("/")).arg("--nonsense"), 2, "--nonsense");
 }
@@ -397,7 +433,7 @@ fn myself() -> OwnedFd {
 
 #[test]
 fn requests_that_are_wrong() {
-    let bytes = encode_request(Action::PostDump, 2);
+    let bytes = encode_request(Action::PostDump, 2, 0, 0);
     let wrong = |control: &mut Control, why: &str| {
         let said = step(control).unwrap_err();
         assert!(said.contains(why), "{said}");

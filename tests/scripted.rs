@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::relay::{FakeCache, FakeProxy};
-use common::script::{Bench, Script, Source, is_left_waiting, pair, played, pre_stream};
+use common::script::{Bench, Script, Source, is_left_waiting, pair, played, pre_stream, succeeds};
 use common::*;
 use criu_relay::wire::relay::{self as wire, Kind};
 use rustix::process::Signal;
@@ -37,7 +37,7 @@ fn the_restore_begins_when_all_of_the_source_are_dead() {
     // Its connection says nothing of success, its script does.
     drop(restore);
     assert!(cache.is_running());
-    Script::start("pre-resume", &cache, None).agrees();
+    succeeds(&cache);
     assert_eq!(cache.wait(), 0, "{}", cache.log());
 }
 
@@ -134,14 +134,27 @@ fn a_source_that_lives_is_rolled_back() {
     bench.images();
     bench.post_dump().agrees();
     cache.wait_log("it is served when its source has released it");
-    // Even when a part of it is dead.
-    bench.source.kill_root();
     bench.disconnect();
     assert_eq!(restore.answer(), None);
     assert_eq!(bench.proxy.wait(), 1);
     assert!(bench.proxy.log().contains("criu dump ended, but the source was not killed"));
     cache.wait_log("rolled back: the source runs on");
     assert_eq!(cache.wait(), 1, "{}", cache.log());
+}
+
+/// CRIU was killed in the middle of its killing: half a process is no use to anybody.
+#[test]
+fn a_source_of_which_a_part_is_dead_is_killed() {
+    let (mut cache, mut bench, mut restore) = pair(&[], &[]);
+    bench.images();
+    bench.post_dump().agrees();
+    cache.wait_log("it is served when its source has released it");
+    bench.source.kill_root();
+    bench.proxy.wait_log("a process of the source is dead");
+    bench.disconnect();
+    assert_eq!(restore.answer(), Some(true));
+    assert_eq!(bench.proxy.wait(), 0, "{}", bench.proxy.log());
+    assert!(bench.proxy.log().contains("the rest is killed too"));
 }
 
 #[test]
@@ -515,7 +528,8 @@ fn an_unannounced_restore_is_refused() {
 fn fake_criu() {
     let Some(dir) = std::env::var_os("FAKE_CRIU_DIR") else { return };
     let dir = Path::new(&dir);
-    let script = |action: &str| Script(Script::command(action, dir, None).spawn().unwrap()).agrees();
+    let copy = Source::new();
+    let script = |action: &str| Script(Script::command(action, dir, Some(&copy)).spawn().unwrap()).agrees();
     script("pre-stream");
     let mut restore = Restore(connect(&dir.join("streamer-serve.sock")));
     let images = std::env::var("FAKE_CRIU_READS").unwrap();
@@ -523,6 +537,7 @@ fn fake_criu() {
         assert!(restore.read(name).is_some());
     }
     if std::env::var_os("FAKE_CRIU_SUCCEEDS").is_some() {
+        script("post-restore");
         script("pre-resume");
     }
 }
@@ -546,7 +561,7 @@ fn a_restore_that_fails_is_repeated() {
     // Whatever it has read.
     for (times, images) in ["inventory.img", "inventory.img pstree.img"].iter().enumerate() {
         assert!(criu_restore(&cache, images, false));
-        cache.wait_log_times("its CRIU ended without a word of its action script", times + 1);
+        cache.wait_log_times("its CRIU ended before it had made a copy", times + 1);
         assert!(cache.is_running());
     }
     assert!(criu_restore(&cache, "inventory.img pstree.img", true));

@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // Each test file uses its part.
 
+pub mod middleman;
 pub mod relay;
 pub mod script;
 
@@ -113,6 +114,8 @@ impl Daemon {
     pub fn proxy_in(dir: Dir, port: u16, args: &[&str]) -> Self {
         let mut command = Command::new(binary());
         command.args(["proxy", "--address", "127.0.0.1", "--port", &port.to_string()]);
+        // The last one counts: a test of the default says so.
+        command.args(["--commit", "stored"]);
         Self::start(dir, command, args)
     }
 
@@ -187,6 +190,18 @@ impl Daemon {
         self.signal(Signal::CONT);
     }
 
+    /// Kills it; what it leaves is there for another one.
+    pub fn kill(&mut self) -> Dir {
+        let _ = self.child.kill();
+        self.wait();
+        std::mem::replace(&mut self.dir, Dir::new())
+    }
+
+    /// The records in its work directory, by name.
+    pub fn records(&self) -> Vec<PathBuf> {
+        records(&self.dir)
+    }
+
     /// How many descriptors it has.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
@@ -231,6 +246,15 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The records in a directory, by name.
+pub fn records(dir: &Dir) -> Vec<PathBuf> {
+    let entries = fs::read_dir(&dir.0).unwrap().map(|entry| entry.unwrap().path());
+    let mut records: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "record")).collect();
+    records.sort();
+    records
 }
 
 /// Bytes that differ everywhere.

@@ -82,13 +82,24 @@ impl Peer {
         }
     }
 
-    /// The next message; acknowledgements of parts are not looked at.
+    /// The next message; acknowledgements of parts, and how restores stand, are not looked at.
     pub fn hear(&mut self) -> Kind {
         loop {
             match self.next() {
-                Seen::Message(Kind::Ack(_)) => {}
+                Seen::Message(Kind::Ack(_) | Kind::Restore(_)) => {}
                 Seen::Message(kind) => return kind,
                 other => panic!("no message but {other:?}"),
+            }
+        }
+    }
+
+    /// How a restore stands, when that is told next.
+    pub fn hear_restore(&mut self) -> u32 {
+        loop {
+            match self.next() {
+                Seen::Message(Kind::Restore(restore)) => return restore.state,
+                Seen::Message(Kind::Ack(_) | Kind::Stored(_) | Kind::AllStored(_)) => {}
+                other => panic!("nothing of a restore but {other:?}"),
             }
         }
     }
@@ -330,7 +341,12 @@ impl FakeProxy {
     }
 
     pub fn begin(&mut self, session: u8, scripted: bool) {
-        let hello = Hello { scripted, ..hello(session) };
+        self.begin_for(session, scripted, relay::COMMIT_STORED);
+    }
+
+    /// With this commit point.
+    pub fn begin_for(&mut self, session: u8, scripted: bool, commit: u32) {
+        let hello = Hello { scripted, commit, ..hello(session) };
         self.session.clone_from(&hello.session);
         (self.images, self.bytes) = (0, 0);
         self.peer.say(Kind::Hello(hello));

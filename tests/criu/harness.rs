@@ -1,11 +1,13 @@
 //! What a migration needs: the programs, the processes, and the certainty that none of them is left behind.
 
+#![allow(dead_code)] // Each test file uses its part.
+
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -201,6 +203,72 @@ impl Restore {
     }
 }
 
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().map(|pid| pid.parse().expect("a process id")).collect()
+}
+
+/// The children of a process, theirs, and so on, in the order of their numbers.
+pub fn descendants(of: u32) -> Vec<u32> {
+    let (mut todo, mut found) = (children(of), Vec::new());
+    while let Some(pid) = todo.pop() {
+        todo.extend(children(pid));
+        found.push(pid);
+    }
+    found.sort();
+    found
+}
+
+impl Restore {
+    /// The process ids, as seen from here, of the processes of that name in its namespace.
+    pub fn named(&self, name: &str) -> Vec<u32> {
+        let is_named = |pid: &u32| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|found| found.trim_end() == name)
+        };
+        descendants(self.process.pid()).into_iter().filter(is_named).collect()
+    }
+
+    /// Those of the workload's copy. CRIU's own are there before it is restored.
+    pub fn copy(&self) -> Vec<u32> {
+        self.named("migrant")
+    }
+}
+
+/// The states of these processes; X: it is gone.
+pub fn states(pids: &[u32]) -> String {
+    let state = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()).unwrap_or('X')
+    };
+    pids.iter().map(state).collect()
+}
+
+/// A gate in the way of CRIU.
+#[derive(Debug)]
+pub struct Gate {
+    path: PathBuf,
+}
+
+impl Gate {
+    /// CRIU's arguments.
+    pub fn args(&self) -> [String; 2] {
+        ["--action-script".into(), self.path.display().to_string()]
+    }
+
+    fn file(&self, what: &str) -> PathBuf {
+        PathBuf::from(format!("{}.{what}", self.path.display()))
+    }
+
+    /// Waits until CRIU is there.
+    pub fn is_reached(&self) {
+        wait_for("CRIU at the gate", PATIENCE, || self.file("reached").exists().then_some(()));
+    }
+
+    pub fn opens(&self) {
+        File::create(self.file("open")).expect("a gate can be opened");
+    }
+}
+
 impl Drop for Restore {
     fn drop(&mut self) {
         if self.process.child.try_wait().is_ok_and(|status| status.is_none()) {
@@ -225,6 +293,26 @@ impl Drop for Netns {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "delete", &self.0]).output();
     }
+}
+
+/// Two hosts: 10.77.0.1 and 10.77.0.2.
+pub fn two_hosts() -> Result<[Netns; 2], String> {
+    let ip = |args: &str| match Command::new("ip").args(args.split_whitespace()).output() {
+        Ok(done) if done.status.success() => Ok(()),
+        Ok(done) => Err(format!("ip {args}: {}", String::from_utf8_lossy(&done.stderr).trim())),
+        Err(error) => Err(format!("ip: {error}")),
+    };
+    let hosts = ["a", "b"].map(|host| Netns(format!("criu-{host}-{}", std::process::id())));
+    let [a, b] = [&hosts[0].0, &hosts[1].0];
+    ip(&format!("netns add {a}"))?;
+    ip(&format!("netns add {b}"))?;
+    ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"))?;
+    for (host, address) in [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")] {
+        ip(&format!("-n {host} address add {address} dev veth0"))?;
+        ip(&format!("-n {host} link set veth0 up"))?;
+        ip(&format!("-n {host} link set lo up"))?;
+    }
+    Ok(hosts)
 }
 
 /// A test's own directory and what it starts there: `source` and `target` are the two hosts' images
@@ -316,8 +404,18 @@ impl Bench {
 
     /// The process that is to be moved.
     pub fn workload(&self, args: &[&str]) -> Process {
+        self.started_workload(self.command(Host::Source, &self.programs.workload), args)
+    }
+
+    /// The same as a job of our session, which does not mind being hung up.
+    pub fn job(&self, args: &[&str]) -> Process {
+        let mut command = self.command(Host::Source, "nohup");
+        command.arg(&self.programs.workload).process_group(0);
+        self.started_workload(command, args)
+    }
+
+    fn started_workload(&self, mut command: Command, args: &[&str]) -> Process {
         let app = self.dir.join("app");
-        let mut command = self.command(Host::Source, &self.programs.workload);
         command.arg(&app).args(args).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = Process::start("the workload", &mut command);
         wait_for("workload that is ready", PATIENCE, || {
@@ -348,9 +446,18 @@ impl Bench {
 
     /// Has the workload overwrite its memory.
     pub fn scribble(&self) {
-        let [wish, done] = ["scribble", "scribbled"].map(|name| self.dir.join("app").join(name));
+        self.wish("scribble", "scribbled");
+    }
+
+    /// Has the workload take 64 MiB more.
+    pub fn grow(&self) {
+        self.wish("grow", "grown");
+    }
+
+    fn wish(&self, wish: &str, done: &str) {
+        let [wish, done] = [wish, done].map(|name| self.dir.join("app").join(name));
         File::create_new(&wish).expect("a wish can be made");
-        wait_for("workload that has scribbled", PATIENCE, || done.exists().then_some(()));
+        wait_for("workload that has done it", PATIENCE, || done.exists().then_some(()));
     }
 
     /// An action script, which does this at `post-dump`.
@@ -358,19 +465,54 @@ impl Bench {
         let path = self.dir.join(name);
         let text =
             format!("#!/bin/sh\ncase $CRTOOLS_SCRIPT_ACTION in post-dump) {at_post_dump} ;; esac\nexit 0\n");
+        self.write_script(&path, &text);
+        path
+    }
+
+    /// An action script that waits at this action until it is opened.
+    pub fn gate(&self, action: &str) -> Gate {
+        let path = self.dir.join(format!("gate-{action}"));
+        let shown = path.display();
+        let text = format!(
+            "#!/bin/sh\ncase $CRTOOLS_SCRIPT_ACTION in {action})\n: >{shown}.reached\nwhile [ -e {shown}.reached ] && \
+             [ ! -e {shown}.open ]; do sleep 0.02; done ;;\nesac\nexit 0\n"
+        );
+        self.write_script(&path, &text);
+        Gate { path }
+    }
+
+    /// An action script that is ours, but for this action, which it lets pass.
+    pub fn script_without(&self, action: &str) -> PathBuf {
+        let path = self.dir.join(format!("without-{action}"));
+        let ours = env!("CARGO_BIN_EXE_criu-relay");
+        let text = format!("#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = {action} ] && exit 0\nexec {ours}\n");
+        self.write_script(&path, &text);
+        path
+    }
+
+    fn write_script(&self, path: &Path, text: &str) {
         let mut file = fs::OpenOptions::new();
         let mut file =
-            file.write(true).create_new(true).mode(0o700).open(&path).expect("a script can be made");
+            file.write(true).create_new(true).mode(0o700).open(path).expect("a script can be made");
         file.write_all(text.as_bytes()).expect("a script can be written");
-        path
+    }
+
+    /// The records in the directories of both hosts.
+    pub fn records(&self) -> Vec<PathBuf> {
+        self.files_of("record")
+    }
+
+    // The files in both images directories that end so.
+    fn files_of(&self, extension: &str) -> Vec<PathBuf> {
+        let dirs =
+            [Host::Source, Host::Target].map(|host| fs::read_dir(self.dir(host)).expect("it can be read"));
+        let paths = dirs.into_iter().flatten().flatten().map(|entry| entry.path());
+        paths.filter(|path| path.extension().is_some_and(|found| found == extension)).collect()
     }
 
     /// Images in the directories of both hosts.
     pub fn images_on_disk(&self) -> usize {
-        let dirs =
-            [Host::Source, Host::Target].map(|host| fs::read_dir(self.dir(host)).expect("it can be read"));
-        let paths = dirs.into_iter().flatten().flatten().map(|entry| entry.path());
-        paths.filter(|path| path.extension().is_some_and(|extension| extension == "img")).count()
+        self.files_of("img").len()
     }
 
     fn criu_output(&self, command: &mut Command, name: &str) -> Process {
@@ -406,6 +548,25 @@ impl Bench {
     pub fn restore_with(&self, args: &[&str]) -> Restore {
         let mut command = self.in_pid_namespace();
         command.arg(&self.programs.criu).args(["restore", "--stream", "-v4", "-o", "restore.log", "-D"]);
+        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)).args(args), "restore") }
+    }
+
+    /// `criu restore` below the first process of its namespace, so that what it has restored outlives it.
+    pub fn restore_below(&self, args: &[&str]) -> Restore {
+        let mut command = self.in_pid_namespace();
+        // A child of the first process, too, when CRIU has gone.
+        command.args(["sh", "-c", "\"$@\"; while :; do sleep 60; done", "sh"]).arg(&self.programs.criu);
+        command.args(["restore", "--stream", "-v4", "-o", "restore.log", "-D"]);
+        Restore { process: self.criu_output(command.arg(self.dir(Host::Target)).args(args), "restore") }
+    }
+
+    /// `criu restore` as a job of a shell, which ends when everything is restored.
+    pub fn restore_job(&self, args: &[&str]) -> Restore {
+        let mut command = self.in_pid_namespace();
+        let shell = "set -m; \"$@\" & wait; while :; do sleep 60; done";
+        command.args(["sh", "-c", "setsid bash -c \"$@\"; exit $?", "sh", shell, "bash"]);
+        command.arg(&self.programs.criu).args(["restore", "--stream", "--shell-job", "-d"]);
+        command.args(["-v4", "-o", "restore.log", "-D"]);
         Restore { process: self.criu_output(command.arg(self.dir(Host::Target)).args(args), "restore") }
     }
 
