@@ -12,7 +12,7 @@ use prost::Message;
 type Seeds = Vec<(&'static str, Vec<u8>)>;
 
 fn main() -> io::Result<()> {
-    let all: [(&str, Seeds); 7] = [
+    let all: [(&str, Seeds); 8] = [
         ("headers", headers()),
         ("seed", seed()),
         ("dialects", dialects()),
@@ -20,6 +20,7 @@ fn main() -> io::Result<()> {
         ("relay", relay()),
         ("session", session()),
         ("store", store()),
+        ("record", record()),
     ];
     for (target, seeds) in all {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
@@ -94,20 +95,27 @@ fn dialects() -> Seeds {
 }
 
 fn control() -> Seeds {
-    // Version, action and number of processes; what is received, and with how many descriptors.
-    let request = |version: u8, action: u8, tasks: u8| [1, version, action, tasks, 0];
+    // Version, action and number of processes, how many stay, and memory; what is received, and with how many
+    // descriptors.
+    let request = |version: u8, action: u8, tasks: u8| [1, version, action, tasks, 0, 0, 0, 0];
+    let stays = |tasks: u8, stays: u8, memory: u8| [1, 3, 4, tasks, 0, stays, memory, 0];
     let (all, with_criu, batch, anew, byte) = ([2, 0], [3, 0, 1], [4], [5], [0, 1, 0]);
     let join = |parts: &[&[u8]]| parts.concat();
     vec![
         ("announce", join(&[&request(0, 0, 0), &with_criu, &anew, &request(3, 1, 0), &[2, 5], &with_criu])),
         ("post-dump", join(&[&request(0, 2, 3), &with_criu, &byte, &[3, 0, 3]])),
-        ("batches", join(&[&[1, 0, 2, 251, 0], &with_criu, &batch, &byte, &[3, 0, 1], &byte, &all])),
-        ("many", join(&[&[1, 0, 2, 255, 3], &with_criu, &batch, &batch, &batch, &batch, &batch])),
+        ("batches", join(&[&[1, 0, 2, 251, 0, 0, 0, 0], &with_criu, &batch, &byte, &[3, 0, 1], &byte, &all])),
+        ("many", join(&[&[1, 0, 2, 255, 3, 0, 0, 0], &with_criu, &batch, &batch, &batch, &batch, &batch])),
         ("short-batch", join(&[&request(0, 2, 250), &with_criu, &byte, &[3, 0, 249]])),
         (
             "no-criu",
             join(&[&request(0, 2, 1), &all, &request(0, 2, 1), &[3, 4, 1], &request(0, 2, 1), &[3, 0, 2]]),
         ),
+        (
+            "stays",
+            join(&[&stays(3, 1, 1), &with_criu, &byte, &[3, 0, 3], &anew, &stays(1, 7, 2), &with_criu]),
+        ),
+        ("resolve", join(&[&request(0, 9, 0), &with_criu, &anew, &request(0, 10, 0), &with_criu])),
         ("glued", join(&[&request(0, 4, 0), &byte, &with_criu])),
         ("versions", join(&[&request(1, 2, 0), &with_criu, &request(2, 2, 0), &with_criu])),
         ("unknown", join(&[&request(0, 5, 0), &with_criu, &request(0, 8, 0), &with_criu])),
@@ -161,9 +169,10 @@ fn session() -> Seeds {
     // that lives, a release.
     let (request, ended, failed, up, lost, no_link, delivered) = (0, 1, 2, 3, 4, 5, 6);
     let (announced, held, all_stored, died, criu_ended, acknowledged, disowned) = (8, 9, 10, 11, 12, 13, 14);
-    let (asking, yes, term, hangup) = (24, 32, 7 + 64, 7 + 64 + 128);
-    // Whether it keeps, and whether the source may run on.
-    let (once, keep, leave_running) = (0, 2, 4);
+    let (asking, prepared, restore_failed, resolve) = (24, 27, 28, 29);
+    let (yes, broken, term, hangup, killed) = (32, 64, 7 + 64, 7 + 64 + 128, 31 + 64);
+    // Whether it keeps, whether the source may run on, and the commit point.
+    let (once, keep, leave_running, restored) = (0, 2, 4, 8);
     let scripted =
         |flags: u8, then: &[u8]| [&[flags, up, request, announced, held + yes, asking], then].concat();
     vec![
@@ -192,11 +201,42 @@ fn session() -> Seeds {
             [&scripted(once, &[lost, no_link, up])[..], &scripted(keep, &[])[1..5], &[lost]].concat(),
         ),
         ("never-asked", vec![keep, up, request, announced, ended + yes, request, held + yes]),
+        (
+            "prepared",
+            scripted(restored, &[prepared, all_stored, prepared, criu_ended, died, up, acknowledged + yes]),
+        ),
+        ("not-prepared", scripted(restored, &[all_stored, restore_failed, prepared, lost, no_link])),
+        ("died-before", scripted(restored, &[all_stored, died, criu_ended, died, acknowledged + yes])),
+        ("comes-back", scripted(restored, &[all_stored, lost + broken, up, all_stored, prepared, died])),
+        ("half-killed", scripted(restored, &[all_stored, prepared, criu_ended + broken, died, disowned])),
+        (
+            "killed-asking",
+            scripted(restored | keep, &[killed, up, criu_ended + yes, lost, up, acknowledged, request]),
+        ),
+        (
+            "killed-allowed",
+            scripted(
+                restored,
+                &[all_stored, prepared, criu_ended + broken, killed, criu_ended, resolve + yes],
+            ),
+        ),
+        ("killed-released", scripted(once, &[all_stored, died, killed, up, acknowledged + yes])),
+        (
+            "killed-leave-running",
+            scripted(leave_running | keep, &[killed, criu_ended + yes, acknowledged + yes]),
+        ),
+        ("by-hand", scripted(restored, &[all_stored, resolve, resolve])),
         // Events of the sink: a peer, its end, the restore's end, a signal, all of a scripted session, its word.
         ("sink", vec![1, 0, 1 + yes, 0, 2, 3, 2 + yes]),
         ("sink-keep", vec![3, 0, 1, 0, 1 + yes, 3, 0, 2 + yes, 1, 3, 0, 3, 3]),
         ("sink-released", vec![1, 0, 9, 0, 3, 11 + yes, 0, 11 + yes, 0, 11, 0, 2 + yes]),
         ("sink-rolled-back", vec![3, 0, 9, 11, 1, 11, 0, 11 + yes, 0, 0, 1 + yes + 64, 11 + yes, 0, 3]),
+        // The copy: a restore begins, it stands ready, it fails; the daemon is killed, the copy is lost.
+        ("sink-prepared", vec![1, 0, 9 + yes, 14, 14, 15, 11 + yes, 0, 2 + yes]),
+        ("sink-copy-failed", vec![3, 0, 9 + yes, 14, 15, 16, 14, 11 + yes, 0, 2 + yes, 0]),
+        ("sink-killed", vec![1, 0, 9 + yes, 14, 15, 17 + 64, 0, 11 + yes, 0, 17 + 64, 11 + yes, 0, 2 + yes]),
+        ("sink-killed-making", vec![1, 0, 9 + yes, 14, 17 + 64 + yes, 11 + yes, 0, 0]),
+        ("sink-lost", vec![1, 0, 9 + yes, 14, 15, 17 + 64, 18, 11 + yes, 0, 0, 9, 18]),
         (
             "sink-remembers",
             [&[3][..], &[0, 9, 11 + yes, 0].repeat(18), &[11 + yes, 15, 11 + yes, 16]].concat(),
@@ -208,6 +248,9 @@ fn store() -> Seeds {
     // Lengths by their last two bits: few; around the inline limit; anything.
     let (few, around, far) = ([40, 0], [129, 0], [2, 255]);
     let join = |budget: u8, parts: &[&[u8]]| [&[budget][..], &parts.concat()].concat();
+    // A limit of so many KiB: 4; a spill file too: 8.
+    let limited = |first: u8, limit: u8, parts: &[&[u8]]| [&[first, limit][..], &parts.concat()].concat();
+    let (moved, punch) = ([12, 0, 2, 99, 2, 50], [14, 0, 2, 99]);
     let (create, hold, release) = ([0, 0], [5, 0], [6, 0]);
     let append = |which: u8, length: [u8; 2]| [1, which, length[0], length[1]];
     let truncate = |length: [u8; 2]| [4, 0, length[0], length[1]];
@@ -219,6 +262,22 @@ fn store() -> Seeds {
             join(1, &[&create, &append(0, far), &append(0, far), &truncate(around), &append(0, few), &read]),
         ),
         ("holders", join(1, &[&create, &hold, &append(0, few), &release, &read, &release, &append(0, few)])),
+        (
+            "limit",
+            limited(
+                4,
+                30,
+                &[&create, &create, &append(0, far), &append(1, far), &moved, &append(1, few), &read],
+            ),
+        ),
+        (
+            "limit-spilled",
+            limited(
+                13,
+                30,
+                &[&create, &append(0, far), &append(0, far), &moved, &punch, &read, &truncate(around), &read],
+            ),
+        ),
         (
             "arena",
             join(
@@ -237,5 +296,24 @@ fn store() -> Seeds {
                 ],
             ),
         ),
+    ]
+}
+
+fn record() -> Seeds {
+    let lines = |numbers: [u8; 13]| {
+        let lines = numbers.into_iter().zip(0..).flat_map(|(number, which)| [1, which, number, 0]);
+        [1].into_iter().chain(lines).collect::<Vec<u8>>()
+    };
+    let cache = [0, 1, 7, 5, 1, 2, 3, 4, 0, 5, 1, 6, 9];
+    let proxy = [0, 0, 7, 2, 1, 2, 3, 4, 1, 5, 0, 6, 8];
+    let text = "criu-relay record 1\nrole cache\nsession 000102030405060708090a0b0c0d0e0f\nstate prepared\nboot b-1\n\
+                pid-namespace 4026531836\ntime-namespace 4026531834\ndaemon 10 20\nimages-dir /a\\\\b\\nc\n\
+                leave-running no\npeer 10.0.0.1:9996\ncolour blue\ntask 12 7\ntask 13 8 stays\nend\n";
+    vec![
+        ("cache", lines(cache)),
+        ("proxy", [lines(proxy), vec![1, 12, 7, 0, 0, 3, b'x', b' ', b'y']].concat()),
+        ("twice", [lines(proxy), vec![1, 4, 1, 0]].concat()),
+        ("file", [&b"\0"[..], text.as_bytes()].concat()),
+        ("cut-off", [&b"\0"[..], &text.as_bytes()[..text.len() - 4]].concat()),
     ]
 }

@@ -1,6 +1,6 @@
 //! The decoder of the control socket against what the protocol says of each receive, and the answer's.
-//! Input: operations: 0 and 1 the script writes (raw bytes; a request with a version, an action and a number
-//! of processes); 2 and 3 the daemon receives so many bytes (0: all), 3 with so many descriptors; 4 it receives
+//! Input: operations: 0 and 1 the script writes (raw bytes; a request with a version, an action, a number of
+//! processes, how many of them stay stopped, and bytes of memory); 2 and 3 the daemon receives so many bytes (0: all), 3 with so many descriptors; 4 it receives
 //! the next batch as it has to be; 5 the connection ends and the next begins; 6 an answer (raw bytes); 7 an
 //! answer with an errno and a text.
 #![no_main]
@@ -23,10 +23,19 @@ type Descriptor = Rc<()>;
 enum At {
     /// In its request, of which this has come.
     Header(Vec<u8>),
-    /// So many processes are still to come, of so many.
-    Tasks(Action, usize, usize),
+    /// So many processes are still to come.
+    Tasks(Said, usize),
     /// Nothing it sends means anything.
     Over,
+}
+
+/// What a request says.
+#[derive(Debug, PartialEq)]
+struct Said {
+    action: Action,
+    tasks: usize,
+    memory: u64,
+    stays: usize,
 }
 
 struct Connection {
@@ -36,12 +45,15 @@ struct Connection {
 }
 
 // What stands in a request's message; None: it is to be refused.
-fn request(body: &[u8]) -> Option<(Action, usize)> {
+fn request(body: &[u8]) -> Option<Said> {
     let message = ControlRequest::decode(body).ok()?;
     let tasks = message.tasks.filter(|tasks| *tasks <= MAX_TASKS)?;
     message.minor?;
     let known = message.major? == MAJOR;
-    known.then_some((Action::parse(&message.action?)?, tasks as usize))
+    let action = Action::parse(&message.action?)?;
+    // An older script says neither; and no more can stay stopped than there are.
+    let (memory, stays) = (message.memory.unwrap_or(0), message.stays.unwrap_or(0).min(tasks) as usize);
+    known.then_some(Said { action, tasks: tasks as usize, memory, stays })
 }
 
 impl Connection {
@@ -50,8 +62,8 @@ impl Connection {
     }
 
     // What the protocol says: whether the receive is fine, and then the request that is whole with it.
-    fn expect(&mut self, input: &[u8], fds: usize) -> Result<Option<(Action, usize)>, ()> {
-        let (action, tasks, missing) = match std::mem::replace(&mut self.at, At::Over) {
+    fn expect(&mut self, input: &[u8], fds: usize) -> Result<Option<Said>, ()> {
+        let (said, missing) = match std::mem::replace(&mut self.at, At::Over) {
             At::Header(mut sent) => {
                 sent.extend(input);
                 let length = sent.first_chunk::<LENGTH>().map(|length| u32::from_ne_bytes(*length) as usize);
@@ -60,8 +72,9 @@ impl Connection {
                 }
                 match length.map(|length| sent.len().checked_sub(LENGTH + length)) {
                     Some(Some(0)) if fds == 1 => {
-                        let (action, tasks) = request(&sent[LENGTH..]).ok_or(())?;
-                        (action, tasks, tasks)
+                        let said = request(&sent[LENGTH..]).ok_or(())?;
+                        let missing = said.tasks;
+                        (said, missing)
                     }
                     Some(Some(_)) => return Err(()),
                     _ if fds > 0 => return Err(()),
@@ -71,19 +84,19 @@ impl Connection {
                     }
                 }
             }
-            At::Tasks(action, missing, tasks) => {
+            At::Tasks(said, missing) => {
                 let batch = missing.min(BATCH);
                 if input != [0] || fds != batch {
                     return Err(());
                 }
-                (action, tasks, missing - batch)
+                (said, missing - batch)
             }
             At::Over => return Err(()),
         };
         if missing == 0 {
-            return Ok(Some((action, tasks)));
+            return Ok(Some(said));
         }
-        self.at = At::Tasks(action, missing, tasks);
+        self.at = At::Tasks(said, missing);
         Ok(None)
     }
 
@@ -94,7 +107,12 @@ impl Connection {
         let fine = got.is_ok();
         match got {
             Ok(got) => {
-                let whole = got.as_ref().map(|Request { action, tasks, .. }| (*action, tasks.len()));
+                let whole = got.as_ref().map(|Request { action, tasks, memory, stays, .. }| Said {
+                    action: *action,
+                    tasks: tasks.len(),
+                    memory: *memory,
+                    stays: *stays,
+                });
                 assert_eq!(Ok(whole), expected, "received {input:?} with {fds} descriptors");
             }
             Err(error) => {
@@ -104,7 +122,7 @@ impl Connection {
         }
         // What the decoder holds, and nothing else: the request is closed by now.
         let held = match &self.at {
-            At::Tasks(_, missing, tasks) => 1 + tasks - missing,
+            At::Tasks(said, missing) => 1 + said.tasks - missing,
             At::Header(_) | At::Over => 0,
         };
         assert_eq!(Rc::strong_count(&self.counter), 1 + held);
@@ -117,8 +135,8 @@ fn said(error: &WireError) {
     assert!(!error.to_string().chars().any(char::is_control), "it can stand in a log");
 }
 
-fn header(version: u8, action: u8, tasks: u16) -> Vec<u8> {
-    let actions: [&[u8]; 8] = [
+fn header(version: u8, action: u8, tasks: u16, stays: u8, memory: u16) -> Vec<u8> {
+    let actions: [&[u8]; 10] = [
         b"pre-stream",
         b"pre-dump",
         b"post-dump",
@@ -127,11 +145,13 @@ fn header(version: u8, action: u8, tasks: u16) -> Vec<u8> {
         b"network-lock",
         b"",
         b"post-dump\0",
+        b"commit",
+        b"rollback",
     ];
     frame::encode(&ControlRequest {
         major: [Some(1), Some(2), None][usize::from(version % 3)],
         minor: [Some(0), Some(7), None][usize::from(version / 3 % 3)],
-        action: actions.get(usize::from(action % 9)).map(|action| action.to_vec()),
+        action: actions.get(usize::from(action % 11)).map(|action| action.to_vec()),
         // The largest number of all is just beyond the limit, the next exactly on it.
         tasks: match version / 9 % 4 {
             0 => Some(tasks.into()),
@@ -139,6 +159,9 @@ fn header(version: u8, action: u8, tasks: u16) -> Vec<u8> {
             2 => Some(u32::MAX),
             _ => None,
         },
+        // Few, just any number, and the largest.
+        stays: [None, Some(stays.into()), Some(u32::MAX)][usize::from(stays % 3)],
+        memory: [None, Some(memory.into()), Some(u64::MAX - u64::from(memory))][usize::from(memory % 3)],
     })
 }
 
@@ -169,7 +192,13 @@ fuzz_target!(|data: &[u8]| {
                 true
             }
             1 => {
-                wire.extend(header(input.small(), input.small(), input.number()));
+                wire.extend(header(
+                    input.small(),
+                    input.small(),
+                    input.number(),
+                    input.small(),
+                    input.number(),
+                ));
                 true
             }
             kind @ (2 | 3) => {
@@ -182,7 +211,7 @@ fuzz_target!(|data: &[u8]| {
                 n == 0 || connection.receive(&received, fds)
             }
             4 => match connection.at {
-                At::Tasks(_, missing, _) => connection.receive(&[0], missing.min(BATCH)),
+                At::Tasks(_, missing) => connection.receive(&[0], missing.min(BATCH)),
                 _ => true,
             },
             5 => false,

@@ -196,7 +196,7 @@ fn message(which: u8, n: u64, text: &[u8]) -> Kind {
         10 => Kind::Stored(relay::Stored { id: n, size: !n }),
         11 => Kind::Prepared(relay::Prepared { bytes: n }),
         12 => Kind::AllStored(relay::AllStored { images: n, bytes: !n }),
-        13 => Kind::Restore(relay::Restore { state: n as u32 }),
+        13 => Kind::Restore(relay::Restore { state: n as u32, text: text() }),
         14 => Kind::Released(relay::Released { session: text() }),
         15 => Kind::RolledBack(relay::RolledBack { session: text() }),
         16 => Kind::Holding(relay::Holding { id: n, size: !n, complete: n & 1 != 0, last: n & 2 != 0 }),

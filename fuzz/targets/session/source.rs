@@ -1,19 +1,18 @@
-//! Both life cycles, by the rule 'fail towards the running process'. Input: which side, whether it keeps and
-//! whether the source may run on beside its copy (three bits), then one byte for each event: its low five bits
-//! say which, the others are its arguments.
-#![no_main]
+//! The source's side.
 
-use criu_relay::session::sink::{self, Heard, Settled};
-use criu_relay::session::source::Decision;
-use criu_relay::session::{Ask, Begun, Dialect, REMEMBERED, Sink, Source, Word};
+use criu_relay::session::source::{Decision, Fate};
+use criu_relay::session::{Begun, Commit, Dialect, Source, Word};
 use criu_relay_fuzz::Input;
-use libfuzzer_sys::fuzz_target;
+
+use crate::{commit, signal};
 
 /// A decision without its reasons.
 #[derive(Debug, PartialEq)]
 enum What {
     Nothing,
     Allow,
+    Finish,
+    Hold,
     Deny,
     Say(Word),
     Connect,
@@ -27,6 +26,8 @@ fn what(decision: &Decision) -> What {
     match decision {
         Decision::Nothing => What::Nothing,
         Decision::Allow => What::Allow,
+        Decision::Finish => What::Finish,
+        Decision::Hold => What::Hold,
         Decision::Say(word) => What::Say(*word),
         Decision::Connect => What::Connect,
         Decision::SendAnew => What::SendAnew,
@@ -39,15 +40,21 @@ fn what(decision: &Decision) -> What {
     }
 }
 
-fn what_of_sink(decision: &sink::Decision) -> What {
-    match decision {
-        sink::Decision::Nothing => What::Nothing,
-        sink::Decision::Stay => What::Stay,
-        sink::Decision::Over(Ok(())) => What::Done,
-        sink::Decision::Over(Err(why)) => {
-            assert!(!why.is_empty(), "whoever is made to fail learns why");
-            What::Fails
-        }
+/// With what a daemon is started.
+#[derive(Clone, Copy)]
+pub struct Options {
+    keep: bool,
+    leave_running: bool,
+    commit: Commit,
+}
+
+impl Options {
+    pub fn new(keep: bool, leave_running: bool, commit: Commit) -> Self {
+        Self { keep, leave_running, commit }
+    }
+
+    fn start(self) -> (Source, Dump) {
+        (Source::new(self.keep, self.leave_running, self.commit), Dump::new(self))
     }
 }
 
@@ -59,14 +66,14 @@ enum At {
     Complete,
     Held,
     Asking,
+    Stored,
     Confirmed,
     Saying(Word),
 }
 
 /// What the outside knows of the source.
 struct Dump {
-    keep: bool,
-    leave_running: bool,
+    options: Options,
     at: At,
     scripted: bool,
     // A CRIU of the remote dialect goes on with a dump that has failed.
@@ -80,38 +87,78 @@ struct Dump {
     so_far: SoFar,
 }
 
-/// What has happened in a scripted session, whatever came between.
-#[derive(Default)]
+/// What has happened in a scripted session, whatever came between, a daemon that was killed too.
 struct SoFar {
-    confirmed: bool,
+    leave_running: bool,
+    commit: Commit,
+    // The cache has it; its copy stands ready.
+    stored: bool,
+    ready: bool,
     allowed: bool,
     denied: bool,
-    // The source is dead; its CRIU has ended.
+    // The source is dead, and the daemon knows it; a part of it is; its CRIU has ended.
+    gone: bool,
     dead: bool,
+    broken: bool,
     ended: bool,
+    // Whoever began it was killed; the operator has released it.
+    recovered: bool,
+    by_hand: bool,
     word: Option<Word>,
 }
 
 impl SoFar {
+    fn new(options: Options) -> Self {
+        Self {
+            leave_running: options.leave_running,
+            commit: options.commit,
+            stored: false,
+            ready: false,
+            allowed: false,
+            denied: false,
+            gone: false,
+            dead: false,
+            broken: false,
+            ended: false,
+            recovered: false,
+            by_hand: false,
+            word: None,
+        }
+    }
+
     fn decided(&mut self, decision: &What) {
         match decision {
             What::Allow => {
-                assert!(self.confirmed, "only what the cache has confirmed may cost the source its life");
+                assert!(self.stored, "only what the cache has confirmed may cost the source its life");
+                let ready = self.ready || self.dead || self.commit == Commit::Stored;
+                assert!(ready, "with commit `restored`, only a copy that stands ready");
                 assert!(!self.denied && !self.allowed, "CRIU is told once, and nothing else afterwards");
+                assert!(!self.recovered && self.word.is_none(), "the script has gone");
                 self.allowed = true;
             }
-            What::Deny => self.denied = true,
+            What::Deny => {
+                assert!(!self.gone && self.word.is_none(), "what is left of a dead source is not dropped");
+                self.denied = true;
+            }
+            What::Finish => {
+                assert!(
+                    self.allowed && self.ended && self.broken,
+                    "only what CRIU was about to kill is killed"
+                );
+                assert!(!self.leave_running && !self.recovered && self.word.is_none());
+            }
+            What::Hold => assert!(self.recovered && self.broken && !self.gone && self.word.is_none()),
             _ => {}
         }
     }
 
     // `word`: what has to reach the cache.
-    fn says(&mut self, word: Option<Word>, leave_running: bool) {
+    fn says(&mut self, word: Option<Word>) {
         match word {
             Some(Word::Release) => {
-                assert!(self.allowed && !self.denied);
+                assert!((self.allowed || self.recovered || self.by_hand) && !self.denied);
                 assert!(
-                    self.dead || leave_running && self.ended,
+                    self.gone || self.leave_running && self.ended,
                     "never two that run, unless that is wanted"
                 );
             }
@@ -121,13 +168,24 @@ impl SoFar {
         assert!(self.word.is_none() || self.word == word, "it does not change its mind");
         self.word = word;
     }
+
+    // What of the source is left; `hint` where that is open.
+    fn fate(&mut self, hint: Fate) -> Fate {
+        let fate = match hint {
+            _ if self.gone => Fate::Dead,
+            Fate::Lives if self.broken => Fate::Broken,
+            hint => hint,
+        };
+        self.broken |= fate == Fate::Broken;
+        self.gone |= fate == Fate::Dead;
+        fate
+    }
 }
 
 impl Dump {
-    fn new(keep: bool, leave_running: bool) -> Self {
+    fn new(options: Options) -> Self {
         Self {
-            keep,
-            leave_running,
+            options,
             at: At::Idle,
             scripted: false,
             spoiled: false,
@@ -136,7 +194,7 @@ impl Dump {
             asked: false,
             leaves: false,
             last_failed: None,
-            so_far: SoFar::default(),
+            so_far: SoFar::new(options),
         }
     }
 
@@ -150,22 +208,25 @@ impl Dump {
         assert_eq!(source.dialect(), dialect);
         assert_eq!(source.is_complete(), self.at == At::Complete);
         assert_eq!(source.is_held(), self.at == At::Held);
+        assert_eq!(source.is_asking(), self.at == At::Asking);
+        assert_eq!(source.is_preparing(), self.at == At::Stored);
+        assert_eq!(source.is_torn(), self.torn && !idle && !matches!(self.at, At::Saying(_)));
         assert_eq!(source.is_idle(), idle);
         assert_eq!(source.has_all(), !idle && dialect.is_none());
         assert_eq!(source.is_source_dead(), self.so_far.dead || idle && source.is_source_dead());
-        let bound = (self.so_far.confirmed || self.so_far.dead) && !idle && dialect.is_none();
-        assert_eq!(source.is_bound(), bound || self.at == At::Complete);
+        let decided = self.so_far.allowed || self.so_far.recovered || self.so_far.dead;
+        assert_eq!(source.is_bound(), decided && !idle && dialect.is_none() || self.at == At::Complete);
         assert_eq!(source.is_scripted(), self.scripted && !idle);
         assert_eq!(source.was_scripted(), self.scripted);
         assert_eq!(source.is_linked(), self.linked);
-        assert_eq!(source.stays(), self.keep && !self.leaves);
+        assert_eq!(source.stays(), self.options.keep && !self.leaves);
         let word = match self.at {
             At::Saying(word) => Some(word),
             _ => None,
         };
         assert_eq!(source.word(), word, "whoever is idle has none");
         if !idle {
-            self.so_far.says(word, self.leave_running);
+            self.so_far.says(word);
         }
     }
 
@@ -174,6 +235,11 @@ impl Dump {
         self.spoiled = criu_goes_on && self.at == At::Running(Dialect::Remote);
         self.at = At::Idle;
         self.last_failed = Some(failed);
+    }
+
+    fn allows(&mut self) -> What {
+        self.at = At::Confirmed;
+        What::Allow
     }
 
     fn rolls_back(&mut self) -> What {
@@ -195,18 +261,50 @@ impl Dump {
         self.over(false, false);
         What::Done
     }
+
+    // This side fails while CRIU can be made to fail.
+    fn cant_go_on(&mut self) -> What {
+        match self.at {
+            At::Running(_) => self.fails(true),
+            // The images are all that is left of the source.
+            At::Held | At::Asking if self.so_far.dead => What::Nothing,
+            At::Held => self.fails(false),
+            At::Asking | At::Stored => self.rolls_back(),
+            _ => What::Nothing,
+        }
+    }
+
+    // The daemon was killed: what the next one finds in its work directory, and what it makes of it.
+    fn starts_again(self, options: Options) -> (Source, Self) {
+        let (mut source, mut next) = options.start();
+        let word = match self.at {
+            At::Asking | At::Stored | At::Confirmed => None,
+            At::Saying(Word::Release) => Some(Word::Release),
+            // Before that nothing is written; and a rollback is owed to the cache, beside what is new.
+            At::Idle | At::Running(_) | At::Complete | At::Held | At::Saying(Word::Rollback) => {
+                return (source, next);
+            }
+        };
+        source.recover(word, self.so_far.leave_running);
+        next.at = word.map_or(At::Confirmed, At::Saying);
+        next.scripted = true;
+        next.so_far = self.so_far;
+        next.so_far.recovered = true;
+        next.so_far.dead = word.is_some();
+        // Whoever died then was not killed by CRIU, and is not missed.
+        next.so_far.broken &= self.at == At::Confirmed;
+        (source, next)
+    }
 }
 
-fn signal(c: bool) -> Ask {
-    if c { Ask::Hangup } else { Ask::End }
-}
-
-fn source(keep: bool, leave_running: bool, input: &mut Input) {
-    let (mut source, mut dump) = (Source::new(keep, leave_running), Dump::new(keep, leave_running));
-    assert_eq!(source.keeps(), keep);
+#[expect(clippy::too_many_lines, reason = "an event each")]
+pub fn run(mut options: Options, input: &mut Input) {
+    let (mut source, mut dump) = options.start();
+    assert_eq!(source.keeps(), options.keep);
     while let Some(event) = input.byte() {
         let [a, b, c] = [32, 64, 128].map(|bit| event & bit != 0);
         let running = matches!(dump.at, At::Running(_));
+        let has_all = !running && dump.at != At::Idle;
         let mut signalled = false;
         let why = || "why".to_string();
         let (decision, expected) = match event % 32 {
@@ -219,7 +317,7 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                         assert_eq!(begun, Ok(Begun::Now), "whatever was before, a new dump is taken");
                         dump.at = At::Running(dialect);
                         (dump.torn, dump.spoiled, dump.scripted) = (false, false, false);
-                        dump.so_far = SoFar::default();
+                        dump.so_far = SoFar::new(options);
                     }
                     At::Running(running) => {
                         let same = dialect == Dialect::Remote && running == dialect;
@@ -246,39 +344,37 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 };
                 (decision, expected)
             }
-            2 => {
-                let decision = source.failed("a writer");
-                let expected = match dump.at {
-                    At::Running(_) => dump.fails(true),
-                    // The images are all that is left of the source.
-                    At::Held | At::Asking if dump.so_far.dead => What::Nothing,
-                    At::Held => dump.fails(false),
-                    At::Asking => dump.rolls_back(),
-                    _ => What::Nothing,
-                };
-                (decision, expected)
-            }
+            2 => (source.failed("a writer"), dump.cant_go_on()),
             3 | 23 if !dump.linked => {
                 dump.linked = true;
                 let decision = source.link_up();
                 let expected = match dump.at {
                     At::Saying(word) => What::Say(word),
-                    at if std::mem::take(&mut dump.torn) && at != At::Idle => What::SendAnew,
+                    // Everything is stored, and what becomes of the source decides.
+                    at if std::mem::take(&mut dump.torn) && !matches!(at, At::Idle | At::Confirmed) => {
+                        What::SendAnew
+                    }
                     _ => What::Nothing,
                 };
                 (decision, expected)
             }
             4 => {
+                source.reconnects(b);
                 let decision = source.link_lost("reset", a);
                 dump.linked = false;
                 let expected = match dump.at {
+                    // It may come back.
+                    At::Running(_) | At::Held | At::Asking | At::Stored if b => {
+                        dump.torn = true;
+                        What::Connect
+                    }
                     At::Running(_) if !a => dump.fails(true),
-                    At::Asking if dump.so_far.dead => {
+                    At::Held | At::Asking if dump.so_far.dead => {
                         dump.torn = true;
                         What::Connect
                     }
                     At::Held => dump.fails(false),
-                    At::Asking => dump.rolls_back(),
+                    At::Asking | At::Stored => dump.rolls_back(),
                     at => {
                         dump.torn |= matches!(at, At::Running(_) | At::Complete);
                         What::Connect
@@ -290,9 +386,13 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 let decision = source.no_link("refused".into(), a);
                 let expected = match dump.at {
                     At::Running(_) if !a => dump.fails(true),
-                    At::Idle if !dump.spoiled && !keep => dump.fails(false),
+                    At::Held if !dump.so_far.dead => dump.fails(false),
+                    At::Asking | At::Stored if !dump.so_far.dead => dump.rolls_back(),
+                    At::Idle if !dump.spoiled && !options.keep => dump.fails(false),
                     // Without a word the cache does not serve what it may have.
-                    At::Saying(Word::Rollback) if !dump.so_far.confirmed => dump.fails(false),
+                    At::Saying(Word::Rollback) if !dump.so_far.allowed && !dump.so_far.recovered => {
+                        dump.fails(false)
+                    }
                     _ => What::Connect,
                 };
                 (decision, expected)
@@ -307,17 +407,17 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 let precious = match dump.at {
                     At::Running(_) => a,
                     At::Complete | At::Confirmed | At::Saying(_) => true,
-                    At::Held | At::Asking => dump.so_far.dead,
+                    At::Held | At::Asking | At::Stored => dump.so_far.dead,
                     At::Idle => false,
                 };
                 let insists = dump.asked && !c;
                 let expected = if precious && !insists {
                     What::Stay
-                } else if dump.at == At::Asking && !dump.so_far.dead {
+                } else if matches!(dump.at, At::Asking | At::Stored) && !dump.so_far.dead {
                     dump.rolls_back()
                 } else if dump.at != At::Idle {
                     dump.fails(false)
-                } else if dump.last_failed.unwrap_or(!keep) {
+                } else if dump.last_failed.unwrap_or(!options.keep) {
                     What::Fails
                 } else {
                     What::Done
@@ -347,9 +447,13 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 let decision = source.all_stored();
                 let expected = match dump.at {
                     At::Asking => {
-                        dump.so_far.confirmed = true;
-                        dump.at = At::Confirmed;
-                        What::Allow
+                        dump.so_far.stored = true;
+                        if options.commit == Commit::Stored || dump.so_far.dead {
+                            dump.allows()
+                        } else {
+                            dump.at = At::Stored;
+                            What::Nothing
+                        }
                     }
                     At::Complete => dump.is_done(),
                     _ => What::Nothing,
@@ -357,20 +461,35 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 (decision, expected)
             }
             11 => {
-                dump.so_far.dead = true;
+                (dump.so_far.gone, dump.so_far.dead) = (true, true);
                 let decision = source.source_died();
-                (decision, if dump.at == At::Confirmed { dump.releases() } else { What::Nothing })
+                let expected = match dump.at {
+                    At::Confirmed => dump.releases(),
+                    // There is nothing that a copy could collide with.
+                    At::Stored => dump.allows(),
+                    _ => What::Nothing,
+                };
+                (decision, expected)
             }
             12 => {
+                let hint = match (a, b) {
+                    (true, _) => Fate::Lives,
+                    (_, true) => Fate::Broken,
+                    _ => Fate::Dead,
+                };
+                let fate = dump.so_far.fate(hint);
                 dump.so_far.ended = true;
-                dump.so_far.dead |= !a;
-                let decision = source.criu_ended(a);
+                dump.so_far.dead |= fate == Fate::Dead;
+                let decision = source.criu_ended(fate);
                 let expected = match dump.at {
-                    At::Confirmed if leave_running => dump.releases(),
+                    At::Confirmed if dump.so_far.leave_running => dump.releases(),
+                    At::Confirmed if fate == Fate::Broken && dump.so_far.recovered => What::Hold,
+                    At::Confirmed if fate == Fate::Broken => What::Finish,
+                    At::Confirmed if fate == Fate::Lives => dump.rolls_back(),
                     At::Held | At::Asking if dump.so_far.dead => What::Nothing,
-                    At::Confirmed if a => dump.rolls_back(),
+                    At::Stored if dump.so_far.dead => dump.allows(),
                     At::Held => dump.fails(false),
-                    At::Asking => dump.rolls_back(),
+                    At::Asking | At::Stored => dump.rolls_back(),
                     _ => What::Nothing,
                 };
                 (decision, expected)
@@ -394,7 +513,11 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 };
                 (decision, expected)
             }
-            15 if running || dump.at == At::Complete => (source.lost("it is gone"), dump.fails(true)),
+            15 if running || matches!(dump.at, At::Complete | At::Held | At::Asking | At::Stored) => {
+                let decision = source.lost("it is gone");
+                let denies = matches!(dump.at, At::Asking | At::Stored) && !dump.so_far.dead;
+                (decision, if denies { dump.rolls_back() } else { dump.fails(true) })
+            }
             16 => {
                 dump.linked = false;
                 (source.unused_link_lost(), What::Connect)
@@ -406,200 +529,54 @@ fn source(keep: bool, leave_running: bool, input: &mut Input) {
                 }
                 (Decision::Nothing, What::Nothing)
             }
+            27 => {
+                let decision = source.prepared();
+                // Whatever else says so means nothing.
+                dump.so_far.ready |= dump.at == At::Stored;
+                (decision, if dump.at == At::Stored { dump.allows() } else { What::Nothing })
+            }
+            28 => {
+                let decision = source.restore_failed("no pages");
+                let counts = dump.scripted && options.commit == Commit::Restored;
+                (decision, if counts { dump.cant_go_on() } else { What::Nothing })
+            }
+            // The operator, who has looked at what lives.
+            29 if has_all && a && matches!(dump.at, At::Saying(_)) => {
+                (dump.so_far.gone, dump.so_far.by_hand) = (true, true);
+                let decision = source.resolve(Word::Release);
+                let expected = match dump.at {
+                    At::Saying(Word::Release) => dump.is_done(),
+                    _ => What::Nothing,
+                };
+                (decision, expected)
+            }
+            29 if has_all && !dump.so_far.gone => {
+                let decision = source.resolve(Word::Rollback);
+                let expected = match dump.at {
+                    At::Saying(Word::Rollback) => dump.fails(false),
+                    At::Asking | At::Stored => dump.rolls_back(),
+                    // CRIU may be about to kill it, unless that was long ago.
+                    At::Confirmed if dump.so_far.recovered => dump.rolls_back(),
+                    _ => What::Nothing,
+                };
+                (decision, expected)
+            }
+            31 if b => {
+                // It may be started with other options.
+                (options.leave_running, options.commit) = (a, commit(c));
+                (source, dump) = dump.starts_again(options);
+                (Decision::Nothing, What::Nothing)
+            }
             _ => (Decision::Nothing, What::Nothing),
         };
         let decision = what(&decision);
         dump.so_far.decided(&decision);
         assert_eq!(decision, expected);
         let over = matches!(decision, What::Done | What::Fails);
-        if over && (signalled || !keep || dump.leaves) {
+        if over && (signalled || !options.keep || dump.leaves) {
             // The program has ended; the next one begins.
-            (source, dump) = (Source::new(keep, leave_running), Dump::new(keep, leave_running));
+            (source, dump) = options.start();
         }
         dump.agrees(&source);
     }
 }
-
-#[derive(Clone, Copy, PartialEq)]
-enum Held {
-    Nothing,
-    OnlyCopy,
-    Restored,
-}
-
-/// What the outside knows of the cache.
-struct Images {
-    keep: bool,
-    held: Held,
-    receiving: bool,
-    // The session that waits for its word.
-    stored: Option<u8>,
-    // What became of all that were stored, in their order.
-    settled: Vec<(u8, Settled)>,
-    asked: bool,
-    leaves: bool,
-    last_failed: Option<bool>,
-}
-
-impl Images {
-    fn new(keep: bool) -> Self {
-        Self {
-            keep,
-            held: Held::Nothing,
-            receiving: false,
-            stored: None,
-            settled: Vec::new(),
-            asked: false,
-            leaves: false,
-            last_failed: None,
-        }
-    }
-
-    fn stays(&self) -> bool {
-        self.keep && !self.leaves
-    }
-
-    fn has_only_copy(&self) -> bool {
-        self.held == Held::OnlyCopy || self.stored.is_some()
-    }
-
-    fn known(&self, id: u8) -> Option<Settled> {
-        let last = self.settled.iter().rev().take(REMEMBERED);
-        last.filter(|(known, _)| *known == id).map(|(_, settled)| *settled).next()
-    }
-
-    fn agrees(&self, sink: &Sink) {
-        let busy = self.receiving || self.stored.is_some();
-        assert_eq!(sink.is_receiving(), self.receiving);
-        assert_eq!(sink.is_busy(), busy);
-        assert_eq!(sink.stored(), self.stored.map(name));
-        assert_eq!(sink.has_only_copy(), self.has_only_copy());
-        assert_eq!(sink.stays(), self.stays());
-        assert_eq!(sink.is_done(), self.held == Held::Restored && !busy && !self.stays());
-        let empty = self.held == Held::Nothing && self.stored.is_none();
-        assert_eq!(sink.takes_peers(), self.stays() || empty);
-        assert_eq!(sink.is_full(), !self.keep && !empty);
-        for (id, _) in &self.settled {
-            assert_eq!(sink.settled(&name(*id)), self.known(*id));
-            // What was rolled back before it was complete may be rolled back again when that is forgotten.
-            let decided =
-                |(other, settled): &&(u8, Settled)| other == id && *settled != Settled::Said(Word::Rollback);
-            let outcomes = self.settled.iter().filter(decided).count();
-            assert!(outcomes <= 1, "the images of a session are decided once");
-        }
-    }
-
-    // The peer has ended; whether the program ends with it.
-    fn ends(&mut self, sink: &mut Sink, complete: bool) -> bool {
-        self.receiving = false;
-        let decision = what_of_sink(&sink.peer_ended(if complete { Ok(()) } else { Err("cut off".into()) }));
-        if complete {
-            assert_eq!(decision, What::Nothing, "what is complete is kept");
-            self.held = Held::OnlyCopy;
-            return false;
-        }
-        assert_eq!(decision, What::Fails);
-        self.last_failed = Some(true);
-        !self.stays() && !self.has_only_copy()
-    }
-}
-
-// No session has the name of another.
-fn name(id: u8) -> [u8; 16] {
-    [id; 16]
-}
-
-fn sink(keep: bool, input: &mut Input) {
-    let (mut sink, mut images) = (Sink::new(keep), Images::new(keep));
-    assert_eq!(sink.keeps(), keep);
-    // The session that is coming in, or that came in last.
-    let mut session = 0_u8;
-    while let Some(event) = input.byte() {
-        let [a, b, c] = [32, 64, 128].map(|bit| event & bit != 0);
-        let mut ends = false;
-        match event % 32 {
-            0 | 4 | 5 => {
-                let busy = images.receiving || images.stored.is_some();
-                let taken = !busy && (keep || images.held == Held::Nothing);
-                assert_eq!(sink.peer().is_ok(), taken);
-                if taken {
-                    // As many as there are names.
-                    let Some(next) = session.checked_add(1) else { return };
-                    (images.receiving, session) = (true, next);
-                }
-            }
-            // The seed protocol, or what was cut off; or all of a session that is not scripted.
-            1 | 6 | 7 if images.receiving => {
-                if a && b && images.known(session).is_none() {
-                    sink.taken(name(session));
-                    images.settled.push((session, Settled::Taken));
-                }
-                ends = images.ends(&mut sink, a);
-            }
-            // All of one that is.
-            9 | 10 if images.receiving && images.known(session).is_none() => {
-                sink.hold(name(session));
-                (images.receiving, images.stored) = (false, Some(session));
-            }
-            // A word, of the last session or of one before it.
-            11..=13 => {
-                let word = if a { Word::Release } else { Word::Rollback };
-                let id = session.wrapping_sub(input.small() % 24);
-                let expected = match images.known(id) {
-                    _ if images.stored == Some(id) => Heard::Decides,
-                    Some(Settled::Said(said)) if said == word => Heard::Again,
-                    Some(_) => Heard::Contradicts,
-                    None => Heard::Unknown,
-                };
-                assert_eq!(sink.hear(name(id), word), expected);
-                if expected == Heard::Unknown && word == Word::Rollback {
-                    // Should its images come after all, they are not taken.
-                    images.settled.push((id, Settled::Said(word)));
-                }
-                if expected == Heard::Decides {
-                    images.stored = None;
-                    images.settled.push((id, Settled::Said(word)));
-                    ends = images.ends(&mut sink, word == Word::Release);
-                }
-            }
-            2 | 8 => {
-                let decision = what_of_sink(&sink.restore_ended(a));
-                if a && images.held != Held::Nothing {
-                    assert_eq!(decision, What::Done);
-                    (images.held, images.last_failed) = (Held::Restored, Some(false));
-                    ends = !images.stays() && !images.receiving && images.stored.is_none();
-                } else {
-                    assert_eq!(decision, What::Nothing, "a failed restore costs nothing");
-                }
-            }
-            3 => {
-                let decision = what_of_sink(&sink.terminate(signal(c)));
-                if images.has_only_copy() && !(images.asked && !c) {
-                    assert_eq!(decision, What::Stay, "only a second request costs the only copy");
-                    images.asked |= !c;
-                    images.leaves = true;
-                } else {
-                    let lost = images.has_only_copy() || images.receiving;
-                    let failed = lost || images.last_failed.unwrap_or(!keep);
-                    assert_eq!(decision, if failed { What::Fails } else { What::Done });
-                    ends = true;
-                }
-            }
-            _ => {}
-        }
-        if ends {
-            (sink, images) = (Sink::new(keep), Images::new(keep));
-        }
-        images.agrees(&sink);
-    }
-}
-
-fuzz_target!(|data: &[u8]| {
-    let mut input = Input::new(data);
-    let which = input.small();
-    let keep = which & 2 != 0;
-    match which & 1 {
-        0 => source(keep, which & 4 != 0, &mut input),
-        _ => sink(keep, &mut input),
-    }
-});
