@@ -30,6 +30,7 @@ need c++ g++
 need mandoc mandoc
 need ip iproute2
 need unshare util-linux
+need python3 python3-minimal
 if ! cargo fuzz --version >/dev/null 2>&1; then
 	cargo install --quiet --locked cargo-fuzz || true
 fi
@@ -77,6 +78,15 @@ tests/demo.sh || demo=$?
 case $demo in
 0) ;;
 77) skip demonstration "see above" ;;
+*) status=1 ;;
+esac
+
+step "the fault harness, a short run"
+harness=0
+tests/harness/run.sh --runs 1000 --seconds "${HARNESS_SECONDS:-75}" || harness=$?
+case $harness in
+0) ;;
+77) skip "fault harness" "see above" ;;
 *) status=1 ;;
 esac
 

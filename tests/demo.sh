@@ -123,7 +123,7 @@ say "destination: criu restore --stream waits for a process, in a PID namespace 
 start proxy "$relay" proxy -D "$scratch/source" --port "${address##*:}"
 proxy=$pid
 until_true 10 "the link" grep -q 'connected to' "$scratch/proxy.log"
-say "source:      criu-relay proxy is connected to it"
+say "source:      criu-relay proxy is connected to it; commit point: restored, the default"
 
 start process "$scratch/migrant" "$scratch/app" --heap "$mib"
 process=$pid
@@ -141,7 +141,8 @@ exit_status "$pid" "criu dump"
 dumped=$status
 [[ $dumped == 0 ]] || fail "criu dump: exit $dumped"
 until_ended "$process" "the original"
-say "source:      criu dump: exit 0; the original is gone, since the cache has confirmed that it has everything"
+grep -q 'the copy stands ready' "$scratch/proxy.log" || fail "the proxy says nothing of a copy that stands ready"
+say "source:      criu dump: exit 0; the original is gone, since its copy stands ready on the other side"
 
 # --- the destination again
 
@@ -152,7 +153,8 @@ from_cache=$status
 took=$(((${EPOCHREALTIME/[.,]/} - begin) / 1000))
 grep -q 'confirmed and released' "$scratch/proxy.log" || fail "the proxy says nothing of a confirmation"
 [[ $from_proxy == 0 && $from_cache == 0 ]] || fail "the proxy: exit $from_proxy, the cache: exit $from_cache"
-say "destination: all done $took ms after the dump began"
+grep -q 'the copy runs' "$scratch/cache.log" || fail "the cache says nothing of a copy that runs"
+say "destination: the copy runs; all done $took ms after the dump began"
 ask
 ((counter > before)) || fail "the counter went from $before to $counter"
 ! has_ended "$restore" || fail "criu restore has ended"
