@@ -462,6 +462,8 @@ fn a_copy_of_the_last_session_that_fails() {
     proxy.begin_for(2, true, wire::COMMIT_RESTORED);
     proxy.stream_image("pages-1.img", &pattern(300_000, 1));
     restore.does("restore");
+    // A real proxy would not have begun before.
+    while proxy.peer.hear_restore() != wire::WAITS {}
     proxy.end();
     restore.restores();
     last.kill();

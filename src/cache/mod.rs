@@ -8,6 +8,7 @@
 
 mod aside;
 mod copies;
+mod outcome;
 mod peer;
 mod readers;
 mod recover;

@@ -183,10 +183,10 @@ impl Cache {
     // Everything is restored, and about to run. An error: nothing of it may.
     fn pre_resume(&mut self, request: Request<OwnedFd>, script: Id) -> Result<(), String> {
         let pid = net::pidfd_pid(request.criu.as_fd()).unwrap_or(0);
-        match self.has_announced(pid) {
-            true => self.about_to_run(pid, request.tasks, request.stays, script),
-            false => Ok(()),
+        if !self.has_announced(pid) {
+            return Ok(());
         }
+        self.about_to_run(pid, request.tasks, request.stays, script)
     }
 
     // The connection of an announced restore has closed: judged when it has made a copy, or its CRIU ended.
