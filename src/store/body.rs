@@ -12,9 +12,12 @@
 //! what an image of a peer takes beside its bytes. When the limit is reached, a body grows no more; or, with a spill
 //! file, it goes on there, from where it was, in a tail of chunks. What it has in memory stays there. So whoever
 //! reads takes piece by piece ([`Bodies::content_at`]).
+//!
+//! Memory for page images can be written beforehand, see `pool`.
 
 mod growing;
 mod place;
+mod pool;
 mod reading;
 
 use std::io;
@@ -23,12 +26,15 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::catalog::is_pages;
 use super::limit::Account;
 use super::spill::{CHUNK, SpillFile};
 use crate::table::{Id, Table};
 use crate::wire::Key;
 
 pub use growing::End;
+pub use place::{Files, MEMFD};
+pub use pool::Filling;
 
 /// Bodies up to this many bytes stay inline. Most of CRIU's images are a few hundred bytes; a memfd costs
 /// a descriptor, an inode (about 1 KiB of kernel memory) and whole pages.
@@ -56,6 +62,8 @@ pub struct Bodies {
     slots: u32,
     account: Account,
     spill: Option<SpillFile>,
+    files: Files,
+    pool: pool::Pool,
     page: u64,
 }
 
@@ -66,6 +74,10 @@ struct Body {
     beside: u32,
     len: u64,
     place: Place,
+    // So much of its file was written beforehand, and is counted until the image is complete.
+    prepared: u64,
+    // Whether anybody but who made it has ever held it.
+    shared: bool,
     tail: Option<Box<Tail>>,
 }
 
@@ -124,6 +136,8 @@ impl Bodies {
             slots: 0,
             account: Account::default(),
             spill: None,
+            files: Files::default(),
+            pool: pool::Pool::default(),
             page: rustix::param::page_size() as u64,
         }
     }
@@ -145,18 +159,24 @@ impl Bodies {
             beside: 0,
             len: 0,
             place: Place::Inline(Vec::new()),
+            prepared: 0,
+            shared: false,
             tail: None,
         })
     }
 
     /// The same for an image that a peer sends: it is counted as well, with its name, since there may be any number
-    /// of them. The error is a sentence.
+    /// of them; and if it holds memory, it begins in what was written beforehand. The error is a sentence.
     pub fn create_for(&mut self, key: &Key) -> Result<BodyId, String> {
         let beside = IMAGE + (key.name.len() + key.snapshot_id.len()) as u64;
+        self.make_room(beside);
         self.account.take_at_any_rate(beside).map_err(|full| format!("{key} can't be taken in: {full}"))?;
         let id = self.create();
         if let Some(body) = self.bodies.get_mut(id) {
             body.beside = beside as u32;
+        }
+        if is_pages(key) {
+            self.take_prepared(id);
         }
         Ok(id)
     }
@@ -165,6 +185,7 @@ impl Bodies {
     pub fn hold(&mut self, id: BodyId) {
         if let Some(body) = self.bodies.get_mut(id) {
             body.holders += 1;
+            body.shared = true;
         }
     }
 
@@ -175,7 +196,12 @@ impl Bodies {
         if body.holders > 0 {
             return;
         }
-        let Some(body) = self.bodies.remove(id) else { return };
+        if let Some(body) = self.bodies.remove(id) {
+            self.drop_body(body);
+        }
+    }
+
+    fn drop_body(&mut self, body: Body) {
         self.account.give(body.charge());
         match body.place {
             Place::Memfd(..) => self.memfds -= 1,
@@ -220,6 +246,7 @@ impl Bodies {
     pub fn truncate(&mut self, id: BodyId, len: u64) {
         let (up, down) = (self.up(len), len / self.page * self.page);
         let Some(body) = self.bodies.get_mut(id) else { return };
+        let up = up.max(body.prepared);
         if len >= body.len {
             return;
         }
@@ -259,6 +286,7 @@ impl Bodies {
 
     /// The body will hardly grow any more: what was reserved for growth is given back.
     pub fn settle(&mut self, id: BodyId) {
+        self.settle_prepared(id);
         let Some(body) = self.bodies.get_mut(id) else { return };
         let before = body.charge();
         if let Place::Inline(bytes) = &mut body.place {
@@ -277,7 +305,7 @@ impl Bodies {
         self.bodies.len()
     }
 
-    /// How much memory all bodies take, in bytes, as the limit counts it.
+    /// How much memory all bodies take, and what was written for more, in bytes, as the limit counts it.
     pub fn used(&self) -> u64 {
         self.account.used()
     }
@@ -287,9 +315,9 @@ impl Bodies {
         self.bodies.get(id).map_or(0, Body::charge)
     }
 
-    /// How much more may be taken.
+    /// How much more may be taken: what waits for images is to be had.
     pub fn left(&self) -> u64 {
-        self.account.left()
+        self.account.left().saturating_add(self.pool())
     }
 
     /// The limit at which bodies grow no more, in bytes; None: there is none, or they go on in the spill file.

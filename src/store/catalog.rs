@@ -166,16 +166,22 @@ impl Catalog {
         }
     }
 
-    /// The id of the last dump in the list of the remote dialect.
-    pub fn last_snapshot(&self, bodies: &Bodies) -> Option<Vec<u8>> {
+    /// The ids of the dumps in the list of the remote dialect, in their order.
+    pub fn snapshots(&self, bodies: &Bodies) -> Vec<Vec<u8>> {
         let lists = LIST_IDS.iter().filter_map(|id| self.get(&Key::new(*id, LIST)));
-        let last = |list: Image| {
+        let ids = |list: Image| {
             if list.len > LIST_MAX {
                 return None;
             }
-            criu::decode_snapshot_ids(&bodies.range(list.body, 0, list.len).ok()?)?.pop()
+            criu::decode_snapshot_ids(&bodies.range(list.body, 0, list.len).ok()?)
+                .filter(|ids| !ids.is_empty())
         };
-        lists.filter_map(last).next()
+        lists.filter_map(ids).next().unwrap_or_default()
+    }
+
+    /// The id of the last of them.
+    pub fn last_snapshot(&self, bodies: &Bodies) -> Option<Vec<u8>> {
+        self.snapshots(bodies).pop()
     }
 
     /// The page images that a restore has to ask for: those of the last dump.

@@ -7,7 +7,7 @@ pub mod limit;
 pub mod spill;
 pub mod waits;
 
-pub use body::{Bodies, BodyId, Content, INLINE_MAX};
+pub use body::{Bodies, BodyId, Content, Files, INLINE_MAX};
 pub use catalog::{Catalog, Image};
 pub use spill::SpillFile;
 pub use waits::Waits;

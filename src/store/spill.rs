@@ -19,7 +19,7 @@ use crate::sockets;
 pub const CHUNK: u64 = 1 << 20;
 
 /// The file system that is memory itself.
-const TMPFS: u64 = 0x0102_1994;
+pub const TMPFS: u64 = 0x0102_1994;
 
 /// The file.
 #[derive(Debug)]

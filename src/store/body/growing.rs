@@ -42,6 +42,9 @@ impl Bodies {
 
     // False: it can't stay inline.
     fn append_inline(&mut self, id: BodyId, data: &[u8]) -> io::Result<bool> {
+        if self.bodies.get(id).is_some_and(|body| matches!(body.place, Place::Inline(_))) {
+            self.make_room(data.len() as u64);
+        }
         let Some(body) = self.bodies.get_mut(id) else { return Err(gone()) };
         let (Place::Inline(bytes), None) = (&mut body.place, &body.tail) else { return Ok(false) };
         let (len, had) = (bytes.len() + data.len(), bytes.capacity());
@@ -85,7 +88,7 @@ impl Bodies {
         if self.spill.is_some() {
             return Ok(want);
         }
-        let left = self.account.left();
+        let left = self.left();
         let pages = left / self.page * self.page;
         let room = match &body.place {
             Place::Inline(bytes) if body.len < INLINE_MAX as u64 => {
@@ -110,6 +113,12 @@ impl Bodies {
     pub fn file_end(&mut self, id: BodyId, want: u64) -> io::Result<End<'_>> {
         self.leave_inline(id)?;
         let page = self.page;
+        if let Some(body) = self.bodies.get(id).filter(|body| body.tail.is_none())
+            && let Place::Memfd(_, pages) | Place::Arena(_, pages) = &body.place
+        {
+            let missing = body.len.saturating_add(want).saturating_sub(pages.end);
+            self.make_room(missing.div_ceil(page).saturating_mul(page));
+        }
         let Some(body) = self.bodies.get_mut(id) else { return Err(gone()) };
         if body.tail.is_none() {
             let longest = if matches!(body.place, Place::Arena(..)) { ARENA_SLOT } else { i64::MAX as u64 };
@@ -176,7 +185,7 @@ impl Bodies {
         if body.tail.is_none()
             && let Place::Memfd(_, pages) | Place::Arena(_, pages) = &mut body.place
         {
-            let end = body.len.div_ceil(page) * page;
+            let end = (body.len.div_ceil(page) * page).max(body.prepared);
             self.account.give(pages.end.saturating_sub(end));
             pages.end = end;
         }

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 
 use rustix::io::{Errno, pread};
 
-use super::{Bodies, BodyId, Content, Place, gone, slot_start};
+use super::{Bodies, BodyId, Content, Files, Place, gone, slot_start};
 use crate::store::limit;
 use crate::store::spill::{self, CHUNK};
 use crate::wire::Key;
@@ -64,13 +64,17 @@ impl Bodies {
     /// Why an image can't grow, as a sentence.
     pub fn refusal(&self, key: &Key, id: BodyId, error: &io::Error) -> String {
         // An append that failed has been taken back; but with a spill file it is there that space runs out.
-        let spilled = self.bodies.get(id).is_some_and(|body| body.tail.is_some())
-            || matches!(Errno::from_io_error(error), Some(Errno::NOSPC | Errno::DQUOT));
+        let no_space = matches!(Errno::from_io_error(error), Some(Errno::NOSPC | Errno::DQUOT));
+        let spilled = no_space || self.bodies.get(id).is_some_and(|body| body.tail.is_some());
         let at = self.len(id);
         match &self.spill {
             Some(spill) if spilled => format!(
                 "{key} can't grow past byte {at} in the spill directory {}: {error}",
                 spill.dir().display()
+            ),
+            _ if no_space && matches!(self.files, Files::Nameless(_)) => format!(
+                "{key} can't grow past byte {at}: the file system of the view (--view) is full: {error}; give it more \
+                 room (mount -o remount,size=SIZE), or choose another directory"
             ),
             _ if limit::is_full(error) => format!("{key} can't grow past byte {at}: {error}"),
             _ => format!("{key} can't grow past byte {at}, no memory can be had for it: {error}"),
