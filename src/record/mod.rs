@@ -19,6 +19,7 @@ pub use file::MAX_SIZE;
 pub use who::{Distance, Found, Identity, Place};
 
 use crate::cli::Verb;
+use crate::session::Commit;
 use crate::wire::control::MAX_TASKS;
 use crate::wire::relay::SessionId;
 
@@ -116,6 +117,21 @@ pub struct Record {
     pub leave_running: bool,
     /// Who is on the other side; for people.
     pub peer: String,
+    /// Of a cache: its images, if they outlive it.
+    pub kept: Option<Kept>,
+}
+
+/// Images that a cache has put where they outlive it (--persist).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// In this directory, absolute.
+    pub dir: PathBuf,
+    /// When their source may go.
+    pub commit: Commit,
+    /// How many they are.
+    pub images: u64,
+    /// How many bytes they have together.
+    pub bytes: u64,
 }
 
 impl Record {
@@ -132,12 +148,13 @@ impl Record {
             tasks: Vec::new(),
             leave_running: false,
             peer: String::new(),
+            kept: None,
         })
     }
 
     /// The session's name as it is written.
     pub fn session_hex(&self) -> String {
-        self.session.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.session)
     }
 
     /// The file's contents.
@@ -164,6 +181,11 @@ impl Record {
         }
         line("leave-running", if self.leave_running { b"yes" } else { b"no" });
         line("peer", &escape(self.peer.as_bytes()));
+        if let Some(kept) = &self.kept {
+            line("view", &escape(kept.dir.as_os_str().as_bytes()));
+            line("commit", kept.commit.name().as_bytes());
+            line("images", format!("{} {}", kept.images, kept.bytes).as_bytes());
+        }
         for task in &self.tasks {
             let stays = if task.stays { " stays" } else { "" };
             line("task", format!("{}{stays}", show(&task.who)).as_bytes());
@@ -215,6 +237,9 @@ struct Seen {
     criu: Option<Identity>,
     leave_running: Option<bool>,
     peer: Option<String>,
+    view: Option<PathBuf>,
+    commit: Option<Commit>,
+    images: Option<(u64, u64)>,
     tasks: Vec<Task>,
 }
 
@@ -235,10 +260,14 @@ impl Seen {
             b"pid-namespace" => once(&mut self.pid_namespace, number(value), "a number"),
             b"time-namespace" => once(&mut self.time_namespace, number(value), "a number"),
             b"daemon" => once(&mut self.daemon, identity(value), PROCESS),
-            b"images-dir" => {
-                let dir = unescape(value).map(|path| PathBuf::from(OsString::from_vec(path)));
-                once(&mut self.images_dir, dir, "a directory")
+            b"images-dir" => once(&mut self.images_dir, path(value), "a directory"),
+            b"view" => once(&mut self.view, path(value), "a directory"),
+            b"commit" => {
+                let points = [Commit::Stored, Commit::Restored];
+                let commit = points.into_iter().find(|commit| commit.name().as_bytes() == value);
+                once(&mut self.commit, commit, "stored or restored")
             }
+            b"images" => once(&mut self.images, pair(value), "two numbers"),
             b"criu" => once(&mut self.criu, identity(value), PROCESS),
             b"leave-running" => {
                 let yes = [(&b"yes"[..], true), (b"no", false)].into_iter().find(|(name, _)| *name == value);
@@ -285,6 +314,13 @@ impl Seen {
             tasks: self.tasks,
             leave_running: need(self.leave_running, "leave-running")?,
             peer: need(self.peer, "peer")?,
+            kept: match self.view {
+                Some(dir) => {
+                    let (images, bytes) = need(self.images, "images")?;
+                    Some(Kept { dir, commit: need(self.commit, "commit")?, images, bytes })
+                }
+                None => None,
+            },
         })
     }
 }
@@ -300,9 +336,17 @@ fn show(who: &Identity) -> String {
     format!("{} {}", who.pid, who.start)
 }
 
-fn identity(value: &[u8]) -> Option<Identity> {
+fn pair<A: FromStr, B: FromStr>(value: &[u8]) -> Option<(A, B)> {
     let at = value.iter().position(|byte| *byte == b' ')?;
-    let (pid, start) = (number(&value[..at])?, number(&value[at + 1..])?);
+    Some((number(&value[..at])?, number(&value[at + 1..])?))
+}
+
+fn path(value: &[u8]) -> Option<PathBuf> {
+    unescape(value).map(|path| PathBuf::from(OsString::from_vec(path)))
+}
+
+fn identity(value: &[u8]) -> Option<Identity> {
+    let (pid, start) = pair(value)?;
     (pid > 0).then_some(Identity { pid, start })
 }
 
@@ -312,7 +356,13 @@ fn number<T: FromStr>(value: &[u8]) -> Option<T> {
     std::str::from_utf8(value).ok().filter(|_| plain)?.parse().ok()
 }
 
-fn unhex(value: &[u8]) -> Option<SessionId> {
+/// A session's name as it is written.
+pub fn hex(session: &SessionId) -> String {
+    session.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The inverse.
+pub fn unhex(value: &[u8]) -> Option<SessionId> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),
         b'a'..=b'f' => Some(byte - b'a' + 10),

@@ -18,6 +18,7 @@ fn record() -> Record {
         ],
         leave_running: true,
         peer: "10.0.0.1:9996 \u{e4}\\\n".into(),
+        kept: Some(Kept { dir: "/a\nb".into(), commit: Commit::Restored, images: 0, bytes: u64::MAX }),
     }
 }
 
@@ -45,7 +46,8 @@ fn it_can_be_read() {
         text,
         "criu-relay record 1\nrole cache\nsession 000123456789abcdefff303132330a20\nstate prepared\nboot b-1\n\
          pid-namespace 4026531836\ntime-namespace 0\ndaemon 10 18446744073709551615\nimages-dir /a b\\\\c\\nd\u{fffd}/\n\
-         criu 2147483647 0\nleave-running yes\npeer 10.0.0.1:9996 \u{e4}\\\\\\n\ntask 12 7\ntask 13 8 stays\nend\n"
+         criu 2147483647 0\nleave-running yes\npeer 10.0.0.1:9996 \u{e4}\\\\\\n\n\
+         view /a\\nb\ncommit restored\nimages 0 18446744073709551615\ntask 12 7\ntask 13 8 stays\nend\n"
     );
 }
 
@@ -62,7 +64,7 @@ fn what_does_not_fit() {
         // Without the line: some may be missing.
         let mut fewer = lines.clone();
         fewer.remove(at);
-        assert_eq!(decode(&fewer).is_ok(), matches!(key, "criu" | "task"), "{line}");
+        assert_eq!(decode(&fewer).is_ok(), matches!(key, "criu" | "task" | "view"), "{line}");
         // Twice.
         let mut more = lines.clone();
         more.insert(at, line.clone());
@@ -75,7 +77,7 @@ fn what_does_not_fit() {
         // Nothing where something has to be.
         let mut empty = lines.clone();
         empty[at] = key.into();
-        let fine = matches!(key, "boot" | "images-dir" | "peer" | "end");
+        let fine = matches!(key, "boot" | "images-dir" | "peer" | "view" | "end");
         let got = decode(&empty);
         assert_eq!(got.is_ok(), fine, "{line}");
         assert!(got.is_ok() || got.unwrap_err().starts_with(&format!("line {}: ", at + 1)));

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::processes;
 use super::side::{Fate, fate};
+use super::{kept, processes};
 use crate::cli::Verb;
 use crate::record::{Distance, Found, Place, Record, State};
 
@@ -68,6 +68,9 @@ fn show(text: &mut String, record: &Record, dir: &Path, here: &Place, each: bool
             }
         }
     }
+    if let Some(kept) = &record.kept {
+        line(&format!("  {}.", kept::describe(record, kept)));
+    }
     let (commit, rollback) = choices(record);
     line(&format!("  criu-relay resolve commit: {commit}."));
     line(&format!("  criu-relay resolve rollback: {rollback}."));
@@ -81,6 +84,10 @@ fn meaning(record: &Record) -> &'static str {
              has killed it"
         }
         (State::Allowed, _) => "The cache had confirmed, and CRIU was let go, to kill the source",
+        (State::Stored, _) if record.kept.is_some() => {
+            "The images are stored, and outlive their cache; no copy has been made of them, and their source has not said \
+             what becomes of them"
+        }
         (State::Stored, _) => {
             "The cache has the images, which are in its memory only; no copy has been made of them, and its source has \
              not said what becomes of them"
@@ -92,6 +99,9 @@ fn meaning(record: &Record) -> &'static str {
         (State::Prepared, _) => {
             "The copy is stopped before it runs, and the source was told that it stands ready: whether that is dead \
              by now is known only there"
+        }
+        (State::Released, Verb::Cache) if record.kept.is_some() && record.tasks.is_empty() => {
+            "It is decided: the source is dead, and its images are there to be restored"
         }
         (State::Released, Verb::Cache) => "It is decided: the copy runs",
         (State::Released, Verb::Proxy) => "It is decided: the copy is to run; the cache may not know yet",
@@ -146,6 +156,9 @@ fn tasks(record: &Record, distance: Distance) -> Result<(String, Vec<String>), S
 
 // What the two words do, and when they are right.
 fn choices(record: &Record) -> (&'static str, &'static str) {
+    if record.role == Verb::Cache && record.kept.is_some() {
+        return choices_of_kept(record);
+    }
     match (record.role, record.state) {
         (_, State::Asking | State::Allowed) => (
             "the copy is to run; taken only when every process of the source is dead",
@@ -170,6 +183,39 @@ fn choices(record: &Record) -> (&'static str, &'static str) {
         (Verb::Cache, State::RolledBack) => ("refused: the source runs", "kills what is left of the copy"),
         (Verb::Proxy, State::Released) => ("changes nothing", "refused: the copy may run"),
         (Verb::Proxy, State::RolledBack) => ("refused: the source runs", "changes nothing"),
+    }
+}
+
+// The same where the images outlive the cache.
+fn choices_of_kept(record: &Record) -> (&'static str, &'static str) {
+    match record.state {
+        State::Stored => (
+            "lets the images be restored. Right only when every process of the source is dead (criu-relay resolve on its \
+             host says so), or that host is",
+            "removes the images. Right only when the source lives; otherwise the process is lost",
+        ),
+        State::Prepared => (
+            "continues the copy; where it is not whole any more, kills it and lets the images be restored. Right only when \
+             every process of the source is dead (criu-relay resolve on its host says so), or that host is",
+            "kills the copy and removes the images. Right only when the source lives; otherwise the process is lost",
+        ),
+        State::RolledBack => (
+            "refused: the source runs",
+            "kills what is left of the copy, and removes what is left of the images",
+        ),
+        State::Released if record.tasks.is_empty() => {
+            ("lets the images be restored, if they can't be", "refused: the copy is to run")
+        }
+        State::Released => (
+            "continues the copy once more; where nothing lives of it, lets the images be restored",
+            "refused: the copy runs",
+        ),
+        // The others are a proxy's.
+        State::Made | State::Asking | State::Allowed => (
+            "kills the copy, which may not be whole, and lets the images be restored. Right only when every process of the \
+             source is dead (criu-relay resolve on its host says so), or that host is",
+            "kills the copy and removes the images. Right in any case: the source decides without it",
+        ),
     }
 }
 

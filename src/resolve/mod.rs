@@ -3,6 +3,7 @@
 //!
 //! A short-lived program of its own; it may block.
 
+mod kept;
 mod listing;
 mod side;
 

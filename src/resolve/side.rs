@@ -58,7 +58,7 @@ impl Side<'_> {
     }
 
     // First the word, then the deed: whoever comes after us, should we die in between, does it again.
-    fn write(&mut self, state: State) -> Result<(), String> {
+    pub(super) fn write(&mut self, state: State) -> Result<(), String> {
         self.record.state = state;
         self.record.store(self.dir)
     }
@@ -75,6 +75,10 @@ impl Side<'_> {
 
     /// Commit on the destination.
     pub fn run_copy(mut self) -> Result<String, String> {
+        let kept = match self.remains()? {
+            Some((kept, remains)) if !self.can_copy_run()? => return self.let_restore(&kept, remains),
+            kept => kept,
+        };
         if self.record.state == State::Stored {
             return Err(format!(
                 "the session {}: its images have gone with the cache, and no copy was made of them: if the source \
@@ -90,8 +94,13 @@ impl Side<'_> {
             ));
         }
         if !self.again {
+            self.check_source()?;
             self.check_copy()?;
             self.write(State::Released)?;
+        }
+        if let Some((_, mut remains)) = kept {
+            // Nobody makes another.
+            remains.hide()?;
         }
         let (mut continued, mut stay) = (0, 0);
         for found in self.fates() {
@@ -104,7 +113,7 @@ impl Side<'_> {
                 _ => {}
             }
         }
-        let already = if self.again { " (it was decided already, and is done again)" } else { "" };
+        let already = self.already();
         let stay = match stay {
             0 => String::new(),
             stay => format!(", {} as stopped as on the source", processes(stay, "is", "are")),
@@ -114,6 +123,23 @@ impl Side<'_> {
             processes(continued, "was", "were"),
             self.kept()
         ))
+    }
+
+    // Whether there is a copy that is to run: whole; or, once it is decided, what lives of it.
+    fn can_copy_run(&self) -> Result<bool, String> {
+        let mut alive = 0;
+        for found in self.fates() {
+            alive += usize::from(matches!(found?.1, Fate::Lives(_)));
+        }
+        Ok(match self.record.state {
+            State::Prepared => alive == self.record.tasks.len() && alive > 0,
+            State::Released => alive > 0,
+            _ => false,
+        })
+    }
+
+    pub(super) fn already(&self) -> &'static str {
+        if self.again { " (it was decided already, and is done again)" } else { "" }
     }
 
     // Whether all of the copy is there to run.
@@ -143,10 +169,15 @@ impl Side<'_> {
 
     /// Rollback on the destination.
     pub fn kill_copy(mut self) -> Result<String, String> {
-        let mut alive = 0;
-        for found in self.fates() {
-            match found? {
-                (task, Fate::Another) if !self.again => {
+        let mut kept = self.remains()?;
+        if self.record.tasks.is_empty()
+            && let Some((kept, remains)) = kept
+        {
+            return self.drop_images(&kept, remains);
+        }
+        if !self.again {
+            for found in self.fates() {
+                if let (task, Fate::Another) = found? {
                     return Err(format!(
                         "process {} was one of the copy, and its number belongs to another process now: nothing \
                          is killed. See criu-relay resolve -v for what is left of the copy, kill that by hand, \
@@ -155,34 +186,54 @@ impl Side<'_> {
                         self.record.path(self.dir).display()
                     ));
                 }
+            }
+            self.check_signals()?;
+            self.write(State::RolledBack)?;
+        }
+        let killed = self.kill_all()?;
+        let images = match &mut kept {
+            Some((kept, remains)) => {
+                remains.remove()?;
+                format!("Its images in {} are removed.\n", kept.dir.display())
+            }
+            None => String::new(),
+        };
+        Ok(format!(
+            "The copy is dead{}: {} killed, {} dead before.\n{images}{}.\n",
+            self.already(),
+            processes(killed, "was", "were"),
+            processes(self.record.tasks.len() - killed, "was", "were"),
+            self.kept()
+        ))
+    }
+
+    // Whether each process of the copy that lives can be killed.
+    fn check_signals(&self) -> Result<(), String> {
+        for found in self.fates() {
+            if let (task, Fate::Lives(fd)) = found? {
+                may_signal(task, &fd)?;
+            }
+        }
+        Ok(())
+    }
+
+    // Kills what lives of the copy, and waits until it is dead. How many that were.
+    pub(super) fn kill_all(&self) -> Result<usize, String> {
+        self.check_signals()?;
+        let mut alive = 0;
+        for found in self.fates() {
+            match found? {
                 (task, Fate::Lives(fd)) => {
-                    may_signal(task, &fd)?;
+                    send(task, &fd, Signal::KILL)?;
                     alive += 1;
                 }
                 (_, Fate::Dying) => alive += 1,
                 _ => {}
             }
         }
-        if !self.again {
-            self.write(State::RolledBack)?;
-        }
-        for found in self.fates() {
-            if let (task, Fate::Lives(fd)) = found? {
-                send(task, &fd, Signal::KILL)?;
-            }
-        }
         let end = Instant::now() + DYING;
-        for task in &self.record.tasks {
-            self.wait_for(task, end)?;
-        }
-        let already = if self.again { " (it was decided already, and is done again)" } else { "" };
-        let dead = self.record.tasks.len() - alive;
-        Ok(format!(
-            "The copy is dead{already}: {} killed, {} dead before.\n{}.\n",
-            processes(alive, "was", "were"),
-            processes(dead, "was", "were"),
-            self.kept()
-        ))
+        self.record.tasks.iter().try_for_each(|task| self.wait_for(task, end))?;
+        Ok(alive)
     }
 
     fn wait_for(&self, task: &Task, end: Instant) -> Result<(), String> {
