@@ -50,9 +50,9 @@ pub fn run(action: &OsStr, images_dir: Option<&OsStr>, init_pid: Option<&OsStr>)
     let verbs: &[Verb] = match action {
         Action::PreStream => either(),
         Action::PreDump | Action::PostDump => &[Verb::Proxy],
-        Action::PostRestore | Action::PreResume => &[Verb::Cache],
+        Action::PreRestore | Action::PostRestore | Action::PreResume => &[Verb::Cache],
         // Ours, and none of CRIU's: no script speaks for an operator.
-        Action::Commit | Action::Rollback => return Ok(()),
+        Action::Commit | Action::Rollback | Action::Wait => return Ok(()),
     };
     let dir = match images_dir {
         Some(dir) if !dir.is_empty() => Path::new(dir),
@@ -61,7 +61,8 @@ pub fn run(action: &OsStr, images_dir: Option<&OsStr>, init_pid: Option<&OsStr>)
     let criu = parent()?;
     let mut tree = Tree::default();
     match action {
-        Action::PreStream | Action::Commit | Action::Rollback => {}
+        // Of what is about to be restored nothing exists.
+        Action::PreStream | Action::PreRestore | Action::Commit | Action::Rollback | Action::Wait => {}
         Action::PreDump => tree = Tree::to_be_dumped(root(init_pid)?),
         Action::PostDump | Action::PostRestore | Action::PreResume => {
             // Before the daemon waits for it: its patience is limited.
@@ -123,6 +124,8 @@ pub(crate) struct Tree {
     memory: u64,
     /// So many of the tasks, the last, are stopped by CRIU.
     stays: usize,
+    /// What it will have to carry of each process, in the order in which CRIU dumps them, and of shared memory behind.
+    sizes: Vec<u64>,
 }
 
 impl Tree {
@@ -130,11 +133,12 @@ impl Tree {
     fn to_be_dumped(root: Pid) -> Self {
         let tasks = pidfd_open(root, PidfdFlags::empty()).into_iter().collect();
         let found = walk(root).ok().flatten().unwrap_or_default();
-        let sizes: Vec<_> = found.into_iter().map(resident).collect();
-        let private: u64 = sizes.iter().map(|(private, _)| private).sum();
+        let all: Vec<_> = found.into_iter().filter_map(resident).collect();
+        let mut sizes: Vec<u64> = all.iter().map(|(private, _)| *private).collect();
         // The same memory may be shared by all.
-        let shared = sizes.iter().map(|(_, shared)| *shared).max().unwrap_or(0);
-        Self { tasks, memory: private + shared, stays: 0 }
+        let shared = all.iter().map(|(_, shared)| *shared).max().unwrap_or(0);
+        sizes.extend(Some(shared).filter(|shared| *shared > 0));
+        Self { tasks, memory: sizes.iter().sum(), stays: 0, sizes }
     }
 
     /// Before anybody else sends a SIGSTOP: CRIU has to those that were stopped when it dumped them.
@@ -159,19 +163,19 @@ impl Tree {
 
 // The same for a tree whose processes can't all be watched: as far as it can be seen.
 fn stop_blindly(root: Pid) {
-    for pid in walk(root).ok().flatten().unwrap_or_else(|| HashSet::from([root])) {
+    for pid in walk(root).ok().flatten().unwrap_or_else(|| vec![root]) {
         let _ = kill_process(pid, Signal::STOP);
     }
 }
 
-// The memory of a process in bytes: what is its own, and what it may share.
-fn resident(pid: Pid) -> (u64, u64) {
+// The memory of a process in bytes: what is its own, and what it may share. None: it has none, and no page image.
+fn resident(pid: Pid) -> Option<(u64, u64)> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let kib = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         line.trim_start_matches(':').trim().trim_end_matches(" kB").parse::<u64>().ok()
     };
-    (kib("RssAnon").unwrap_or(0) * 1024, kib("RssShmem").unwrap_or(0) * 1024)
+    Some((kib("RssAnon")? * 1024, kib("RssShmem").unwrap_or(0) * 1024))
 }
 
 // Whom a CRIU tells that is about to connect. Nothing that it gives us says whether it dumps or restores; its
@@ -242,7 +246,8 @@ impl Daemon {
     pub(crate) fn ask(&self, action: Action, criu: BorrowedFd<'_>, tree: &Tree) -> Result<(), String> {
         let tasks: Vec<_> = tree.tasks.iter().map(AsFd::as_fd).collect();
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let request = encode_request(action, number(tasks.len()), tree.memory, number(tree.stays));
+        let request =
+            encode_request(action, number(tasks.len()), tree.memory, number(tree.stays), &tree.sizes);
         let mut open = self.send(criu, &request, &[criu])?;
         for batch in tasks.chunks(BATCH) {
             open = open && self.send(criu, &[0], batch)?;
@@ -373,6 +378,7 @@ fn tasks(root: Pid) -> Result<Vec<OwnedFd>, String> {
             }
             continue;
         };
+        let found: HashSet<_> = found.into_iter().collect();
         let before = known.len();
         known.retain(|pid, fd| found.contains(pid) && net::pidfd_pid(fd.as_fd()) == Some(pid.as_raw_pid()));
         let mut stable = known.len() == before;
@@ -396,23 +402,25 @@ fn tasks(root: Pid) -> Result<Vec<OwnedFd>, String> {
     Err(format!("the tree of process {root} does not come to rest"))
 }
 
-/// The processes of the tree, each with the children of all its threads; None: one vanished meanwhile.
-fn walk(root: Pid) -> io::Result<Option<HashSet<Pid>>> {
+/// The processes of the tree, each before the children of all its threads, as CRIU goes through them; None: one
+/// vanished meanwhile.
+fn walk(root: Pid) -> io::Result<Option<Vec<Pid>>> {
     let mut found = HashSet::from([root]);
-    let mut todo = vec![root];
+    let (mut todo, mut walked) = (vec![root], Vec::new());
     while let Some(pid) = todo.pop() {
+        walked.push(pid);
         let children = match children(pid) {
             Ok(children) => children,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => return Ok(None),
             Err(error) => return Err(error),
         };
-        todo.extend(children.into_iter().filter(|child| found.insert(*child)));
+        todo.extend(children.into_iter().rev().filter(|child| found.insert(*child)));
         if found.len() > MAX_TASKS as usize {
             return Err(io::Error::other(format!("it has more than {MAX_TASKS} processes")));
         }
     }
-    Ok(Some(found))
+    Ok(Some(walked))
 }
 
 fn children(pid: Pid) -> io::Result<Vec<Pid>> {

@@ -22,6 +22,7 @@ pub struct Control {
     until: Option<Instant>,
     // Whether the request has come; from then on the script waits for us.
     asked: bool,
+    in_view: bool,
 }
 
 /// What a step of a [`Control`] brought.
@@ -36,9 +37,14 @@ pub enum Controlled {
 }
 
 impl Control {
-    /// A connection just accepted.
-    pub fn new(fd: OwnedFd, now: Instant) -> Self {
-        Self { fd, wire: Decoder::default(), until: Some(now + HEADER_LIMIT), asked: false }
+    /// A connection just accepted; `in_view`: at the socket in the view.
+    pub fn new(fd: OwnedFd, in_view: bool, now: Instant) -> Self {
+        Self { fd, wire: Decoder::default(), until: Some(now + HEADER_LIMIT), asked: false, in_view }
+    }
+
+    /// Whether it came by the socket in the view.
+    pub fn is_in_view(&self) -> bool {
+        self.in_view
     }
 
     /// Goes on. The error is the second half of a sentence.

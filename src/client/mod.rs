@@ -18,6 +18,8 @@ pub enum Door {
     Criu(Dialect),
     /// CRIU's action script.
     Control,
+    /// The same, of a restore from the view.
+    View,
 }
 
 /// What is said of [`Received::TooManyDescriptors`](crate::net::Received).

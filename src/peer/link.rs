@@ -250,6 +250,14 @@ impl Link {
         }
     }
 
+    /// Writes what there is to say, whatever comes in meanwhile: this link may not be stepped any more. An error is seen
+    /// by the next step, if there is one.
+    pub fn say_now(&mut self, sender: &mut Sender, bodies: &mut Bodies) {
+        if let State::Relay { idle, .. } = &mut self.state {
+            give(sender, Protocol::Relay, false, bodies, &self.fd, idle);
+        }
+    }
+
     /// Closes it so that the peer sees a failure, and learns what it was if it can be told: whether it could.
     pub fn fail(self, sender: &mut Sender, why: &str) -> bool {
         let told = self.protocol() == Some(Protocol::Relay) && sender.fail(why, self.fd.as_fd());

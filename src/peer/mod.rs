@@ -30,6 +30,18 @@ pub enum Choice {
     Only(Protocol),
 }
 
+/// Whether memory is written before a dump begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prepare {
+    /// As much as the tree has; at the cache: as much as a proxy asks for.
+    #[default]
+    Auto,
+    /// None.
+    Off,
+    /// So many bytes.
+    Size(u64),
+}
+
 impl Choice {
     /// Whether this protocol may be spoken.
     pub fn allows(self, protocol: Protocol) -> bool {

@@ -79,6 +79,8 @@ pub enum Event {
     Complete(Key, BodyId, u64),
     /// The image will never be complete; its body has been released.
     Aborted(Key, BodyId),
+    /// A dump is about to begin, of so many bytes, and with page images of these sizes.
+    Prepare(u64, Vec<u64>),
     /// The dump is complete, and so many images and bytes of it have been stored.
     Finished(u64, u64),
     /// The source has decided.
@@ -484,9 +486,9 @@ impl RelayPeer {
             Kind::Ping(relay::Ping { token }) => {
                 relay::append(&mut self.out, Kind::Pong(relay::Pong { token }));
             }
-            // Nothing is written beforehand here.
-            Kind::Prepare(_) => {
-                relay::append(&mut self.out, Kind::Prepared(relay::Prepared { bytes: 0 }));
+            Kind::Prepare(relay::Prepare { bytes, sizes }) => {
+                events.push(Event::Prepare(bytes, sizes));
+                return Ok(true);
             }
             Kind::Welcome(_)
             | Kind::Ack(_)

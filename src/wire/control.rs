@@ -1,5 +1,5 @@
 //! The control socket (proto/control.proto): one request of CRIU's action script, with pidfds, or of
-//! `criu-relay resolve`, and the daemon's answer.
+//! `criu-relay resolve` or `wait`, and the daemon's answer.
 //!
 //! The fields are derived as optional and the strings as bytes, for the reasons given in
 //! [`criu`](super::criu).
@@ -12,8 +12,8 @@ use super::frame::{self, FrameReader};
 /// The version spoken; another is refused.
 pub const MAJOR: u32 = 1;
 
-/// Grows with what an older daemon may skip.
-pub const MINOR: u32 = 1;
+/// Grows with what an older daemon may skip, and with actions, which it closes at.
+pub const MINOR: u32 = 2;
 
 /// How many pidfds travel with one byte, in all messages but the last. The kernel takes 253.
 pub const BATCH: usize = 250;
@@ -51,6 +51,9 @@ pub struct ControlRequest {
     /// How many of the processes, the last, are to be stopped anyway. (Minor version 1.)
     #[prost(uint32, optional, tag = "6")]
     pub stays: Option<u32>,
+    /// Bytes of each page image that CRIU is about to write, in their order. (Minor version 2.)
+    #[prost(uint64, repeated, tag = "7")]
+    pub sizes: Vec<u64>,
 }
 
 /// `ControlReply`.
@@ -64,7 +67,7 @@ pub struct ControlReply {
     pub text: Option<Vec<u8>>,
 }
 
-/// The actions of CRIU that a daemon hears of, and two that are none of CRIU's.
+/// The actions of CRIU that a daemon hears of, and three that are none of CRIU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// CRIU is about to connect to a streamer socket, for a dump or a restore.
@@ -73,6 +76,8 @@ pub enum Action {
     PreDump,
     /// It has written every image and is about to decide what becomes of the tree.
     PostDump,
+    /// It is about to restore, from a directory or a streamer socket: it has read the inventory. (Minor version 2.)
+    PreRestore,
     /// Memory, files and PIDs are restored.
     PostRestore,
     /// The restored tree is about to run.
@@ -81,17 +86,21 @@ pub enum Action {
     Commit,
     /// Of `criu-relay resolve`: the source is to run.
     Rollback,
+    /// Of `criu-relay wait`: whether the dump is complete, once that is known. (Minor version 2.)
+    Wait,
 }
 
 impl Action {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::PreStream,
         Self::PreDump,
         Self::PostDump,
+        Self::PreRestore,
         Self::PostRestore,
         Self::PreResume,
         Self::Commit,
         Self::Rollback,
+        Self::Wait,
     ];
 
     /// What it is called, by CRIU if it is one of CRIU's.
@@ -100,10 +109,12 @@ impl Action {
             Self::PreStream => "pre-stream",
             Self::PreDump => "pre-dump",
             Self::PostDump => "post-dump",
+            Self::PreRestore => "pre-restore",
             Self::PostRestore => "post-restore",
             Self::PreResume => "pre-resume",
             Self::Commit => "commit",
             Self::Rollback => "rollback",
+            Self::Wait => "wait",
         }
     }
 
@@ -127,6 +138,9 @@ pub struct Request<D> {
     /// How many of the processes, the last, are stopped by CRIU, at `pre-resume`: they were when it dumped them, or
     /// were to be.
     pub stays: usize,
+    /// How large each page image will be, in bytes, in the order in which they come, at `pre-dump`; empty when that is not
+    /// known.
+    pub sizes: Vec<u64>,
 }
 
 /// Collects the one request of a connection.
@@ -166,12 +180,15 @@ impl<D> Decoder<D> {
                     self.0 = State::Header(reader);
                     return Ok(None);
                 };
-                let (action, missing, memory, stays) = decode_request(&body)?;
+                let (action, missing, message) = decode_request(&body)?;
                 let criu = descriptors.pop().filter(|_| descriptors.is_empty()).ok_or(NO_CRIU)?;
                 if !input.is_empty() {
                     return Err(BEHIND);
                 }
-                (Request { action, criu, tasks: Vec::new(), memory, stays }, missing)
+                let memory = message.memory.unwrap_or(0);
+                let stays = (message.stays.unwrap_or(0) as usize).min(missing);
+                let sizes = message.sizes;
+                (Request { action, criu, tasks: Vec::new(), memory, stays, sizes }, missing)
             }
             State::Tasks(mut request, missing) => {
                 let expected = missing.min(BATCH);
@@ -196,16 +213,17 @@ impl<D> Decoder<D> {
     }
 }
 
-fn decode_request(body: &[u8]) -> Result<(Action, usize, u64, usize), WireError> {
+// The action, how many pidfds follow, and what else stands there.
+fn decode_request(body: &[u8]) -> Result<(Action, usize, ControlRequest), WireError> {
     const WHAT: WireError = WireError::Malformed("ControlRequest");
-    let request = ControlRequest::decode(body).map_err(|_| WHAT)?;
+    let mut request = ControlRequest::decode(body).map_err(|_| WHAT)?;
     // First: of another version nothing else may be understood.
     match request.major.ok_or(WHAT)? {
         MAJOR => {}
         theirs => return Err(WireError::Version { theirs, ours: MAJOR }),
     }
     request.minor.ok_or(WHAT)?;
-    let name = request.action.ok_or(WHAT)?;
+    let name = request.action.take().ok_or(WHAT)?;
     let tasks = request.tasks.ok_or(WHAT)?;
     let Some(action) = Action::parse(&name) else {
         return Err(WireError::Name("is none of the actions announced here", name));
@@ -213,13 +231,12 @@ fn decode_request(body: &[u8]) -> Result<(Action, usize, u64, usize), WireError>
     if tasks > MAX_TASKS {
         return Err(TOO_MANY);
     }
-    let stays = request.stays.unwrap_or(0).min(tasks);
-    Ok((action, tasks as usize, request.memory.unwrap_or(0), stays as usize))
+    Ok((action, tasks as usize, request))
 }
 
-/// A request, to be sent with a pidfd of CRIU in one sendmsg(2); then `tasks` pidfds follow. `memory` and `stays` are
+/// A request, to be sent with a pidfd of CRIU in one sendmsg(2); then `tasks` pidfds follow. The others are
 /// those of [`Request`].
-pub fn encode_request(action: Action, tasks: u32, memory: u64, stays: u32) -> Vec<u8> {
+pub fn encode_request(action: Action, tasks: u32, memory: u64, stays: u32, sizes: &[u64]) -> Vec<u8> {
     frame::encode(&ControlRequest {
         major: Some(MAJOR),
         minor: Some(MINOR),
@@ -227,6 +244,7 @@ pub fn encode_request(action: Action, tasks: u32, memory: u64, stays: u32) -> Ve
         tasks: Some(tasks),
         memory: (memory > 0).then_some(memory),
         stays: (stays > 0).then_some(stays),
+        sizes: super::fold_sizes(sizes),
     })
 }
 
@@ -263,6 +281,7 @@ mod tests {
             tasks: Some(0),
             memory: None,
             stays: None,
+            sizes: Vec::new(),
         };
         change(&mut request);
         Decoder::default().feed(&frame::encode(&request), vec![7])
@@ -270,7 +289,7 @@ mod tests {
 
     #[test]
     fn byte_by_byte() {
-        let bytes = encode_request(Action::PostDump, 251, 0, 3);
+        let bytes = encode_request(Action::PostDump, 251, 0, 3, &[]);
         let (last, head) = bytes.split_last().unwrap();
         let mut decoder = Decoder::default();
         assert!(decoder.is_idle());
@@ -289,11 +308,18 @@ mod tests {
 
     #[test]
     fn whole() {
-        let bytes = encode_request(Action::PreStream, 0, 0, 9);
+        let bytes = encode_request(Action::PreStream, 0, 0, 9, &[1, 1 << 40]);
         let request = feed(&mut Decoder::default(), &bytes, 4..5).unwrap().unwrap();
         assert_eq!(
             request,
-            Request { action: Action::PreStream, criu: 4, tasks: vec![], memory: 0, stays: 0 }
+            Request {
+                action: Action::PreStream,
+                criu: 4,
+                tasks: vec![],
+                memory: 0,
+                stays: 0,
+                sizes: vec![1, 1 << 40]
+            }
         );
         // Nothing comes along with the byte behind which the descriptor is.
         let glued = [&bytes[..], &[0]].concat();
@@ -302,7 +328,7 @@ mod tests {
 
     #[test]
     fn wrong_numbers_of_descriptors() {
-        let bytes = encode_request(Action::PostDump, 300, 0, 0);
+        let bytes = encode_request(Action::PostDump, 300, 0, 0, &[]);
         assert_eq!(feed(&mut Decoder::default(), &bytes, 0..0), Err(NO_CRIU));
         assert_eq!(feed(&mut Decoder::default(), &bytes, 0..2), Err(NO_CRIU));
         assert_eq!(feed(&mut Decoder::default(), &bytes[..9], 0..1), Err(STRAY));
@@ -343,11 +369,19 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_skipped() {
-        let mut body = encode_request(Action::PreDump, 0, 7, 0).split_off(frame::LENGTH);
+        let mut body = encode_request(Action::PreDump, 0, 7, 0, &[]).split_off(frame::LENGTH);
         // Field 15: 1.
         body.extend([15 << 3, 1]);
         let bytes = [&(body.len() as u32).to_ne_bytes(), &body[..]].concat();
         assert_eq!(feed(&mut Decoder::default(), &bytes, 0..1).unwrap().unwrap().memory, 7);
+    }
+
+    #[test]
+    fn sizes() {
+        let bytes = encode_request(Action::PreDump, u32::MAX >> 12, u64::MAX, 9, &[u64::MAX; 2000]);
+        assert!(bytes.len() <= frame::LENGTH + frame::MAX_BODY);
+        let bytes = encode_request(Action::PreDump, 0, 7, 0, &[3, 0, 4]);
+        assert_eq!(feed(&mut Decoder::default(), &bytes, 0..1).unwrap().unwrap().sizes, [3, 0, 4]);
     }
 
     #[test]

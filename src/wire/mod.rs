@@ -42,6 +42,21 @@ impl fmt::Display for Key {
     }
 }
 
+/// The most page images whose sizes stand in a message.
+pub const MAX_SIZES: usize = 1000;
+/// The largest size that is named there, in bytes: eight bytes in a message, so that all of them fit.
+const MAX_SIZE: u64 = (1 << 56) - 1;
+
+/// The sizes of page images as they fit a message: those of too many are added to the last.
+pub fn fold_sizes(sizes: &[u64]) -> Vec<u64> {
+    let (first, rest) = sizes.split_at(sizes.len().min(MAX_SIZES));
+    let mut sizes = first.to_vec();
+    if let Some(last) = sizes.last_mut() {
+        *last = rest.iter().fold(*last, |sum, size| sum.saturating_add(*size));
+    }
+    sizes.iter().map(|size| (*size).min(MAX_SIZE)).collect()
+}
+
 /// Why bytes are not what the protocol allows. Each is the second half of a sentence that begins with
 /// who sent them.
 #[derive(Clone, Debug, PartialEq, Eq)]

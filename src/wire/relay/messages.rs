@@ -98,12 +98,15 @@ pub struct Abort {
     pub id: u64,
 }
 
-/// `Prepare`: This much memory will be needed.
+/// `Prepare`: This much memory will be needed. 0: none any more.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Prepare {
     /// Bytes.
     #[prost(uint64, tag = "1")]
     pub bytes: u64,
+    /// Of the page images, in the order in which they come. (Minor version 2.)
+    #[prost(uint64, repeated, tag = "2")]
+    pub sizes: Vec<u64>,
 }
 
 /// `Finished`: CRIU has ended after a complete dump, of so many transfers with so many bytes together.
@@ -182,7 +185,7 @@ pub struct Stored {
     pub size: u64,
 }
 
-/// `Prepared`.
+/// `Prepared`: Answer to Prepare, to each in turn: so much of it is there.
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Prepared {
     /// Bytes.

@@ -18,7 +18,7 @@ use super::{Key, WireError};
 /// The version spoken here. Another major version is an error, another minor one is not.
 pub const MAJOR: u32 = 1;
 /// See [`MAJOR`].
-pub const MINOR: u32 = 1;
+pub const MINOR: u32 = 2;
 
 /// The minor version from which on nobody is silent: a proxy pings, and a cache says something also to a proxy that
 /// waits its turn.
@@ -122,6 +122,13 @@ impl Data {
     /// `length` bytes of a transfer follow.
     pub fn new(id: u64, length: u32) -> Self {
         Self { id, length, pad: Vec::new() }
+    }
+}
+
+impl Prepare {
+    /// So much memory, for page images of these sizes.
+    pub fn new(bytes: u64, sizes: &[u64]) -> Self {
+        Self { bytes, sizes: super::fold_sizes(sizes) }
     }
 }
 
@@ -372,5 +379,10 @@ mod tests {
         let name = vec![b'n'; 4095];
         let open = Open { id: u64::MAX, name: name.clone(), snapshot_id: name, open_mode: 1 };
         assert!(encode(Kind::Open(open)).len() <= LENGTH + MAX_BODY);
+        let prepare = Prepare::new(u64::MAX, &[u64::MAX; 5000]);
+        assert_eq!((prepare.sizes.len(), Prepare::new(9, &[3, 6]).sizes), (1000, vec![3, 6]));
+        assert!(encode(Kind::Prepare(prepare)).len() <= LENGTH + MAX_BODY);
+        let many: Vec<u64> = (0..1500).collect();
+        assert_eq!(Prepare::new(9, &many).sizes.iter().sum::<u64>(), many.iter().sum());
     }
 }
