@@ -80,6 +80,16 @@ pub enum Commit {
     Restored,
 }
 
+impl Commit {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stored => "stored",
+            Self::Restored => "restored",
+        }
+    }
+}
+
 /// What decides about the images of a scripted session, once they are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {

@@ -9,6 +9,8 @@ use crate::wire::relay::SessionId;
 #[derive(Debug)]
 pub struct Sink {
     keep: bool,
+    // Whether a dump that was not restored is in the next one's way.
+    in_view: bool,
     receiving: bool,
     held: Held,
     // A scripted session that is stored and waits for its word.
@@ -82,10 +84,12 @@ pub enum Heard {
 }
 
 impl Sink {
-    /// `keep`: another session follows.
-    pub fn new(keep: bool) -> Self {
+    /// `keep`: another session follows. `in_view`: not before the last one has been restored, which is where its images
+    /// would be.
+    pub fn new(keep: bool, in_view: bool) -> Self {
         Self {
             keep,
+            in_view,
             receiving: false,
             held: Held::Nothing,
             stored: None,
@@ -107,6 +111,9 @@ impl Sink {
         }
         if self.is_full() {
             return Err("was refused: this cache has its dump already (--keep takes another)");
+        }
+        if self.in_view && self.held == Held::Unrestored {
+            return Err("was refused: the last dump, whose images are in the view, has not been restored");
         }
         self.receiving = true;
         Ok(())
@@ -292,12 +299,19 @@ impl Sink {
     }
 
     /// A signal. What may be the only copy is given up at the second request to end, and never because
-    /// a terminal has gone.
-    pub fn terminate(&mut self, signal: Ask) -> Decision {
-        if self.has_only_copy() && !self.asked.insists(signal) {
+    /// a terminal has gone. `outlives`: it is not given up, its images stay.
+    pub fn terminate(&mut self, signal: Ask, outlives: bool) -> Decision {
+        let stays = self.has_only_copy() && !(outlives && self.stored.is_none());
+        if stays && !self.asked.insists(signal) {
             return Decision::Stay;
         }
         Decision::Over(match (self.held, self.last) {
+            _ if outlives && self.stored.is_some() => Err(
+                "asked twice to end: the next cache that is started on these images goes on with their session".into(),
+            ),
+            (Held::Unrestored, _) if outlives => {
+                Err("asked to end: the images, which have not been restored, stay where they are".into())
+            }
             _ if self.stored.is_some() => Err(
                 "asked twice to end: the images of a session that its source has neither released nor rolled \
                  back are given up"

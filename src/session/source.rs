@@ -335,8 +335,8 @@ impl Source {
         Decision::Allow
     }
 
-    /// Scripted: every task of the source is dead. Should it have died before it was let go, the images are all
-    /// that is left of it: nothing is rolled back from then on.
+    /// Scripted: every task of the source is dead, or dies for certain. Should it have died before it was let go, the
+    /// images are all that is left of it: nothing is rolled back from then on.
     pub fn source_died(&mut self) -> Decision {
         self.dead = true;
         match self.dump {
@@ -344,6 +344,11 @@ impl Source {
             Dump::Stored => self.allow(),
             _ => Decision::Nothing,
         }
+    }
+
+    /// Whether CRIU was let go, to kill the source.
+    pub fn is_being_killed(&self) -> bool {
+        self.dump == Dump::Confirmed && !self.runs_on
     }
 
     /// Whether every task of the source is dead, or about to die for certain.

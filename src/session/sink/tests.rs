@@ -9,20 +9,20 @@ fn over(decision: &Decision) -> Option<bool> {
 
 #[test]
 fn a_cache_ends_with_a_restore_that_succeeded() {
-    let mut sink = Sink::new(false);
+    let mut sink = Sink::new(false, false);
     sink.peer().unwrap();
     assert!(sink.peer().is_err());
     assert_eq!(sink.peer_ended(Ok(())), Decision::Nothing);
     assert!(sink.peer().is_err() && !sink.takes_peers());
     assert_eq!(sink.restore_ended(false), Decision::Nothing);
-    assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+    assert_eq!(sink.terminate(Ask::End, false), Decision::Stay);
     assert_eq!(over(&sink.restore_ended(true)), Some(true));
 }
 
 #[test]
 fn a_cache_that_keeps_takes_the_next() {
-    let mut sink = Sink::new(true);
-    assert_eq!(over(&sink.terminate(Ask::End)), Some(true));
+    let mut sink = Sink::new(true, false);
+    assert_eq!(over(&sink.terminate(Ask::End, false)), Some(true));
     sink.peer().unwrap();
     assert_eq!(over(&sink.peer_ended(Err("reset".into()))), Some(false));
     sink.peer().unwrap();
@@ -30,27 +30,27 @@ fn a_cache_that_keeps_takes_the_next() {
     assert!(sink.has_only_copy());
     sink.restore_ended(true);
     sink.peer().unwrap();
-    assert_eq!(over(&sink.terminate(Ask::End)), Some(false), "a transfer is cut off");
+    assert_eq!(over(&sink.terminate(Ask::End, false)), Some(false), "a transfer is cut off");
 }
 
 #[test]
 fn what_was_not_restored_is_given_up_at_the_second_request() {
     for keep in [false, true] {
-        let mut sink = Sink::new(keep);
+        let mut sink = Sink::new(keep, false);
         sink.peer().unwrap();
         sink.peer_ended(Ok(()));
-        assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-        assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-        assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-        assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
+        assert_eq!(sink.terminate(Ask::Hangup, false), Decision::Stay);
+        assert_eq!(sink.terminate(Ask::End, false), Decision::Stay);
+        assert_eq!(sink.terminate(Ask::Hangup, false), Decision::Stay);
+        assert_eq!(over(&sink.terminate(Ask::End, false)), Some(false));
     }
 }
 #[test]
 fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
-    let mut sink = Sink::new(true);
+    let mut sink = Sink::new(true, false);
     sink.peer().unwrap();
     sink.peer_ended(Ok(()));
-    assert_eq!(sink.terminate(Ask::End), Decision::Stay);
+    assert_eq!(sink.terminate(Ask::End, false), Decision::Stay);
     assert!(!sink.takes_peers());
     // One that waits already may have sent its whole session.
     sink.peer().unwrap();
@@ -65,7 +65,7 @@ fn whoever_was_asked_to_go_leaves_when_the_only_copy_is_safe() {
 #[test]
 fn a_stored_session_is_decided_once() {
     let (one, two) = ([1; 16], [2; 16]);
-    let mut sink = Sink::new(true);
+    let mut sink = Sink::new(true, false);
     sink.peer().unwrap();
     sink.hold(one, Commit::Stored);
     assert!(sink.peer().is_err() && sink.has_only_copy() && sink.is_busy());
@@ -74,7 +74,7 @@ fn a_stored_session_is_decided_once() {
     sink.peer_ended(Ok(()));
     assert_eq!(sink.hear(one, Word::Release), Heard::Again);
     assert_eq!(sink.hear(one, Word::Rollback), Heard::Contradicts);
-    assert_eq!(sink.terminate(Ask::End), Decision::Stay, "it has not been restored");
+    assert_eq!(sink.terminate(Ask::End, false), Decision::Stay, "it has not been restored");
     // What was rolled back before it was complete is not taken when it is.
     assert_eq!(sink.hear(two, Word::Rollback), Heard::Unknown);
     assert_eq!(sink.settled(&two), Some(Settled::Said(Word::Rollback)));
@@ -83,18 +83,18 @@ fn a_stored_session_is_decided_once() {
 
 #[test]
 fn a_session_without_its_word_is_given_up_at_the_second_request() {
-    let mut sink = Sink::new(false);
+    let mut sink = Sink::new(false, false);
     sink.peer().unwrap();
     sink.hold([1; 16], Commit::Stored);
     assert!(sink.is_full() && !sink.takes_peers());
-    assert_eq!(sink.terminate(Ask::Hangup), Decision::Stay);
-    assert_eq!(sink.terminate(Ask::End), Decision::Stay);
-    assert_eq!(over(&sink.terminate(Ask::End)), Some(false));
+    assert_eq!(sink.terminate(Ask::Hangup, false), Decision::Stay);
+    assert_eq!(sink.terminate(Ask::End, false), Decision::Stay);
+    assert_eq!(over(&sink.terminate(Ask::End, false)), Some(false));
 }
 
 #[test]
 fn one_restore_gets_the_images_before_the_word() {
-    let mut sink = Sink::new(true);
+    let mut sink = Sink::new(true, false);
     sink.peer().unwrap();
     sink.hold([1; 16], Commit::Stored);
     assert!(!sink.offers());
@@ -116,7 +116,7 @@ fn one_restore_gets_the_images_before_the_word() {
 
 #[test]
 fn what_an_earlier_run_has_left() {
-    let mut sink = Sink::new(false);
+    let mut sink = Sink::new(false, false);
     sink.recover([1; 16], None);
     assert!(sink.has_only_copy() && !sink.offers() && sink.peer().is_err());
     assert_eq!(sink.hear([1; 16], Word::Release), Heard::Decides);
@@ -125,10 +125,10 @@ fn what_an_earlier_run_has_left() {
     sink.recover([3; 16], None);
     sink.lost([3; 16]);
     assert_eq!(sink.hear([3; 16], Word::Release), Heard::Unknown);
-    let mut sink = Sink::new(false);
+    let mut sink = Sink::new(false, false);
     sink.recover([4; 16], Some(Word::Release));
     assert_eq!(over(&sink.restore_ended(true)), Some(true));
-    let mut sink = Sink::new(false);
+    let mut sink = Sink::new(false, false);
     sink.recover([2; 16], Some(Word::Rollback));
     assert_eq!(sink.hear([2; 16], Word::Rollback), Heard::Again);
     assert_eq!(sink.hear([2; 16], Word::Release), Heard::Contradicts);
