@@ -172,6 +172,7 @@ impl Proxy {
             }
             (_, Kind::AllStored(all)) if Some((all.images, all.bytes)) == self.finished => {
                 self.sender.all_stored(&mut self.bodies);
+                self.times.stored(all.bytes);
                 // The one that waited gets the images. Should another wait, the cache says so.
                 self.restore_waits = false;
                 let decision = self.session.all_stored();
@@ -198,6 +199,10 @@ impl Proxy {
                 Decision::Nothing
             }
             (_, Kind::Restore(restore)) => self.restore_said(&restore),
+            (_, Kind::Prepared(relay::Prepared { bytes })) => {
+                self.prepared(bytes);
+                Decision::Nothing
+            }
             (_, Kind::Holding(holding)) => self.holds(id, holding),
             (_, Kind::Error(error)) if self.session.word().is_some() => {
                 self.session.disowned(&format!("the cache says: {}", error.shown()))
@@ -227,7 +232,10 @@ impl Proxy {
                 self.restore_waits = true;
                 Decision::Nothing
             }
-            relay::PREPARED => self.session.prepared(),
+            relay::PREPARED => {
+                self.times.ready();
+                self.session.prepared()
+            }
             relay::FAILED => {
                 let why = relay::shown(&restore.text);
                 self.session.restore_failed(&format!("the restore on the other side has failed: {why}"))
@@ -304,6 +312,7 @@ impl Proxy {
         self.link = None;
         self.restore_waits = false;
         self.holdings = None;
+        self.forget_prepared();
         if let Some(dialer) = &mut self.dialer {
             dialer.note(&why);
         }

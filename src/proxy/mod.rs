@@ -12,6 +12,9 @@
 //! Of any other dump this may be the only copy one day, and unless told otherwise (--retain) everything is kept
 //! until the session is over: it may have to be sent anew.
 //!
+//! Before a scripted dump begins, the cache is asked to write the memory that it will need (`prepare`): nothing is
+//! frozen then.
+//!
 //! Before a link stands nothing is taken from the pipes, so that a dump that is larger than they are waits
 //! for its receiver. Once CRIU has ended, or may have (its inventory.img has been opened), everything is
 //! taken: these may be the last bytes of a process.
@@ -20,6 +23,7 @@ mod link;
 mod memory;
 mod outcome;
 mod policy;
+mod prepare;
 mod records;
 mod remote;
 mod scripted;
@@ -49,6 +53,7 @@ use crate::record::{Book, Record};
 use crate::session::{Ask, Commit, Dialect, Source};
 use crate::store::{Bodies, BodyId, Catalog, Waits};
 use crate::table::Id;
+use crate::times::Times;
 use crate::wire::Key;
 use crate::wire::criu::WriteMode;
 use crate::wire::relay::{self, Hello, Holding, SessionId};
@@ -206,6 +211,7 @@ pub struct Proxy {
     owed: VecDeque<Owed>,
     // Whether what the cache has just said is its word on how the session ends.
     peer_knows: bool,
+    times: Times,
     // What the cache has said so far that it holds of a session whose link was lost; None: it was not asked.
     holdings: Option<Vec<Holding>>,
     // How much had been acknowledged when the session's link was lost last.
@@ -218,6 +224,10 @@ pub struct Proxy {
     announced: Vec<Announced>,
     waiting: Vec<Waiting>,
     held: Option<Held>,
+    // Until then it is looked for whether CRIU, which was let go, has killed the source.
+    killed_until: Option<Instant>,
+    // Scripts that have asked the cache to prepare memory and were not answered yet.
+    asked_to_prepare: VecDeque<Id>,
     // The source's tasks that live, and whether one has died since they were counted.
     tasks: Vec<Id>,
     broken: bool,
@@ -297,12 +307,15 @@ impl Proxy {
             short: Vec::new(),
             owed: VecDeque::new(),
             peer_knows: false,
+            times: Times::default(),
             holdings: None,
             lost_at: None,
             refused: false,
             announced: Vec::new(),
             waiting: Vec::new(),
+            asked_to_prepare: VecDeque::new(),
             held: None,
+            killed_until: None,
             tasks: Vec::new(),
             broken: false,
             last_criu: None,
@@ -346,7 +359,7 @@ impl Proxy {
             // A CRIU that can't be served is to see that before it has frozen anything.
             let busy = match door {
                 Door::Criu(Dialect::Stream) => self.has_room_for_dump(),
-                Door::Criu(Dialect::Remote) | Door::Control => Ok(()),
+                Door::Criu(Dialect::Remote) | Door::Control | Door::View => Ok(()),
             };
             if let Err(why) = net::check_user(&fd).and(busy.map_err(String::from)) {
                 log::warn!("a client was refused: {why}");
@@ -357,7 +370,7 @@ impl Proxy {
             let conn = match door {
                 Door::Criu(Dialect::Remote) => Conn::Remote(RemoteClient::new(fd, self.accepted, now)),
                 Door::Criu(Dialect::Stream) => Conn::Capture(Capture::new(fd, self.accepted, now)),
-                Door::Control => Conn::Control(Control::new(fd, now)),
+                Door::Control | Door::View => Conn::Control(Control::new(fd, false, now)),
             };
             match self.conns.insert(conn) {
                 // Its header may be there already.
@@ -516,10 +529,12 @@ impl Role for Proxy {
 
     fn wake_at(&self) -> Option<Instant> {
         let now = Instant::now();
-        let scripts = self.waiting.iter().map(|waiting| waiting.wake_at(self.policy.confirm_timeout, now));
+        let scripts = self.waiting.iter().map(|waiting| waiting.wake_at(&self.policy, now));
         let dialer = self.dialer.as_ref().and_then(Dialer::wake_at);
         let held = self.held.as_ref().map(|held| held.until);
-        scripts.chain(dialer).chain(held).min()
+        let killed =
+            self.killed_until.filter(|_| self.session.is_being_killed()).map(|_| now + scripted::LOOK);
+        scripts.chain(dialer).chain(held).chain(killed).min()
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
@@ -534,6 +549,7 @@ impl Role for Proxy {
         self.tick_memory();
         self.tick_link(now);
         self.tick_scripts(now);
+        self.tick_killed(now);
         let draining = self.may_drain();
         if draining && !self.draining {
             let writers = self.conns.iter().filter(|(_, conn)| match conn {

@@ -11,6 +11,7 @@ use crate::record::State;
 use crate::session::source::Decision;
 use crate::session::{Commit, Dialect, Word};
 use crate::store::{Waits, catalog};
+use crate::times::Times;
 use crate::wire::Key;
 use crate::wire::relay::{self, Kind};
 
@@ -31,6 +32,7 @@ impl Proxy {
         if self.session.is_linked() {
             self.announce_session();
         }
+        self.times.begin_at_latest();
         self.lost_at = None;
         // Its time for finding a link begins now.
         self.deferred.retain(|event| !matches!(event, Event::NoLink(_)));
@@ -140,6 +142,12 @@ impl Proxy {
                         "{images} images, {bytes}: sent, not confirmed (the peer speaks the seed protocol)"
                     ),
                 }
+                if scripted {
+                    self.times.over();
+                }
+                if let Some(line) = self.times.take() {
+                    log::info!("{line}");
+                }
                 if let Some(dialer) = &mut self.dialer {
                     dialer.served();
                 }
@@ -165,8 +173,12 @@ impl Proxy {
         if settled && self.run.is_some() {
             let session = self.session_id.to_vec();
             self.sender.say(Kind::Settled(relay::Settled { session }));
-            if let Some(id) = self.link {
-                self.step_link(id);
+            if let Some(id) = self.link
+                && let Some(Conn::Link(link)) = self.conns.get_mut(id)
+            {
+                link.say_now(&mut self.sender, &mut self.bodies);
+                self.conns.again(id);
+                self.settle(id);
             }
         }
         let stays = self.session.stays() && self.run.is_some() && self.sender.is_idle();
@@ -198,6 +210,7 @@ impl Proxy {
         self.finished = None;
         self.holdings = None;
         self.new_session_id();
+        self.times = Times::default();
         self.deferred.retain(|event| matches!(event, Event::Asked(_)));
         let exit = if outcome.is_ok() { Exit::Done } else { Exit::Failed };
         if !self.session.keeps() {

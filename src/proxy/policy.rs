@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::peer::Choice;
+use crate::peer::{Choice, Prepare};
 use crate::session::Commit;
 use crate::store::catalog;
 use crate::wire::Key;
@@ -61,6 +61,10 @@ pub struct Policy {
     pub confirm_timeout: Duration,
     /// How long the source stays frozen while its copy is being made.
     pub restore_timeout: Duration,
+    /// How much memory the cache is to write before anything is frozen.
+    pub prepare: Prepare,
+    /// How long a script waits for that.
+    pub prepare_timeout: Duration,
     /// How long a link that was lost in the middle of a session may take to come back; None: the session fails.
     pub reconnect: Option<Duration>,
     /// How many bytes of pipes are kept for that until the cache has acknowledged them.
@@ -78,6 +82,8 @@ impl Default for Policy {
             commit: Commit::Restored,
             confirm_timeout: Duration::from_secs(60),
             restore_timeout: Duration::from_secs(600),
+            prepare: Prepare::Auto,
+            prepare_timeout: Duration::from_secs(30),
             reconnect: None,
             replay_buffer: 64 << 20,
         }

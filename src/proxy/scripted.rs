@@ -1,5 +1,5 @@
 //! The proxy and CRIU's action script: who has announced itself, who is held at `post-dump`, and whether the
-//! source is dead.
+//! source is dead, or will not run again.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::{Conn, Proxy};
+use super::prepare::Wanted;
+use super::{Conn, Policy, Proxy};
 use crate::client::control::Controlled;
 use crate::client::process::Process;
 use crate::peer::Protocol;
@@ -22,11 +23,18 @@ const INVISIBLE: &str = "this CRIU's process id is not visible to criu-relay pro
                          namespace, or in one around it";
 
 const NO_RESTORE: &str = "no criu restore waits at the cache: start it first (criu restore --stream --action-script \
-                          criu-relay, CRIU 3.19 or later, and with -D the cache's), or start criu-relay proxy with \
-                          --commit stored";
+                          criu-relay, CRIU 3.19 or later, and with -D the cache's; where the cache has a view, \
+                          criu-relay wait -D VIEW, and then criu restore -D VIEW with the script), or start \
+                          criu-relay proxy with --commit stored";
 
 /// How long a dump waits for a restore that may have been started in the same moment. Nothing is frozen yet.
 const RESTORE_GRACE: Duration = Duration::from_secs(3);
+
+/// How often it is looked for whether the source has been killed, once CRIU was let go; and for how long. A process
+/// tells that it is dead when all of its memory has been freed, which takes time. But none that has a SIGKILL runs
+/// again: CRIU has stopped them all in the kernel, and that lets none of these out.
+pub const LOOK: Duration = Duration::from_millis(2);
+const LOOK_FOR: Duration = Duration::from_secs(10);
 
 /// A process that is watched.
 #[derive(Debug)]
@@ -56,6 +64,8 @@ pub struct Announced {
 pub struct Waiting {
     client: Id,
     since: Instant,
+    /// The memory that is to be prepared, at `pre-dump`.
+    wanted: Option<Wanted>,
 }
 
 /// A script that holds CRIU at `post-dump`.
@@ -71,9 +81,25 @@ pub struct Held {
 
 impl Waiting {
     /// When it is to be looked at again.
-    pub fn wake_at(&self, patience: Duration, now: Instant) -> Instant {
-        let limits = [self.since + RESTORE_GRACE, self.since + patience];
-        limits.into_iter().filter(|limit| *limit > now).min().unwrap_or(now)
+    pub fn wake_at(&self, policy: &Policy, now: Instant) -> Instant {
+        let prepared = self.wanted.as_ref().and_then(|wanted| wanted.until(policy.prepare_timeout));
+        let limits = [self.since + RESTORE_GRACE, self.since + policy.confirm_timeout];
+        limits.into_iter().chain(prepared).filter(|limit| *limit > now).min().unwrap_or(now)
+    }
+
+    /// Who it is.
+    pub fn client(&self) -> Id {
+        self.client
+    }
+
+    /// What it waits for.
+    pub fn wanted(&self) -> Option<&Wanted> {
+        self.wanted.as_ref()
+    }
+
+    /// The same.
+    pub fn wanted_mut(&mut self) -> Option<&mut Wanted> {
+        self.wanted.as_mut()
     }
 }
 
@@ -87,13 +113,16 @@ impl Proxy {
                 self.settle(id);
                 log::debug!("the action script: {}", request.action.name());
                 match request.action {
-                    Action::PreStream => self.announce(id, request.criu),
+                    Action::PreStream => self.announce(id, request.criu, None),
                     Action::PreDump => match self.check_dump(&request) {
-                        Ok(()) => self.announce(id, request.criu),
+                        Ok(()) => {
+                            let wanted = self.wanted(request.memory, request.sizes);
+                            self.announce(id, request.criu, wanted);
+                        }
                         Err(why) => self.reply(id, Err(&why)),
                     },
                     Action::PostDump => self.post_dump(id, request),
-                    Action::PostRestore | Action::PreResume => {
+                    Action::PreRestore | Action::PostRestore | Action::PreResume | Action::Wait => {
                         self.reply(id, Err("this is criu-relay proxy, which restores nothing"));
                     }
                     Action::Commit => self.resolved(id, Word::Release),
@@ -119,7 +148,7 @@ impl Proxy {
         }
     }
 
-    fn announce(&mut self, id: Id, criu: OwnedFd) {
+    fn announce(&mut self, id: Id, criu: OwnedFd, wanted: Option<Wanted>) {
         // 0, as which it would be seen here, is what every process is that is not visible.
         let Some(pid) = net::pidfd_pid(criu.as_fd()) else {
             return self.reply(id, Err(INVISIBLE));
@@ -130,7 +159,7 @@ impl Proxy {
                 Err(error) => return self.reply(id, Err(&format!("CRIU can't be watched: {error}"))),
             }
         }
-        self.waiting.push(Waiting { client: id, since: Instant::now() });
+        self.waiting.push(Waiting { client: id, since: Instant::now(), wanted });
     }
 
     // Whether a tree that is about to be frozen can be dumped at all.
@@ -293,7 +322,20 @@ impl Proxy {
         if let Some(held) = self.held.take() {
             self.reply(held.client, Ok(()));
         }
+        // Whoever restores afterwards may want what the source holds until all of it is gone: its file locks.
+        self.killed_until = match self.policy.commit {
+            Commit::Restored => Some(Instant::now() + LOOK_FOR),
+            Commit::Stored => None,
+        };
         if self.tasks.is_empty() {
+            self.source_died();
+        }
+    }
+
+    pub(super) fn tick_killed(&mut self, now: Instant) {
+        self.killed_until.take_if(|until| *until <= now);
+        if self.killed_until.is_some() && self.session.is_being_killed() && self.fate() == Fate::Dead {
+            log::debug!("every process of the source has its SIGKILL");
             self.source_died();
         }
     }
@@ -409,7 +451,10 @@ impl Proxy {
         if let Some(why) = &why {
             log::warn!("the action script {why}");
         }
-        self.waiting.retain(|waiting| waiting.client != id);
+        if let Some(at) = self.waiting.iter().position(|waiting| waiting.client == id) {
+            let waiting = self.waiting.remove(at);
+            self.unprepare(&waiting);
+        }
         if self.held.as_ref().is_some_and(|held| held.client == id) {
             self.note_deaths();
             if self.fate() == Fate::Dead {
@@ -434,21 +479,26 @@ impl Proxy {
         if !self.waiting.is_empty() {
             let readiness = self.readiness();
             let lacks = self.lacks_restore();
-            for waiting in std::mem::take(&mut self.waiting) {
+            for mut waiting in std::mem::take(&mut self.waiting) {
                 let waits = |limit: Duration| now < waiting.since + limit;
                 let verdict = match &readiness {
-                    Some(Ok(())) if !lacks => Ok(()),
-                    Some(Ok(())) if !waits(RESTORE_GRACE) => Err(NO_RESTORE),
-                    Some(Err(why)) => Err(why.as_str()),
+                    Some(Ok(())) if !lacks => self.is_prepared(&mut waiting, now),
+                    Some(Ok(())) if !waits(RESTORE_GRACE) => Some(Err(NO_RESTORE.into())),
+                    Some(Err(why)) => Some(Err(why.clone())),
                     None if !waits(self.policy.confirm_timeout) => {
-                        Err("there is no link to the cache yet (--confirm-timeout)")
+                        Some(Err("there is no link to the cache yet (--confirm-timeout)".into()))
                     }
-                    _ => {
-                        self.waiting.push(waiting);
-                        continue;
-                    }
+                    _ => None,
                 };
-                self.reply(waiting.client, verdict);
+                let Some(verdict) = verdict else {
+                    self.waiting.push(waiting);
+                    continue;
+                };
+                match verdict {
+                    Ok(()) => self.times.begin(),
+                    Err(_) => self.unprepare(&waiting),
+                }
+                self.reply(waiting.client, verdict.as_ref().copied().map_err(String::as_str));
             }
         }
         let unscripted = self.held.is_some() && !self.session.is_scripted();
