@@ -19,6 +19,7 @@ use super::{Cache, Conn};
 use crate::client::process::Process;
 use crate::net;
 use crate::record::{self, Identity, Record, State};
+use crate::session::Commit;
 use crate::store::Catalog;
 use crate::table::Id;
 use crate::wire::relay::{self, Kind, SessionId};
@@ -105,6 +106,7 @@ impl Cache {
         let mut record = self.book.record(session, state)?;
         record.peer = self.open.as_ref().map_or(String::new(), |open| open.peer.clone());
         record.criu = Identity::of(criu).ok();
+        record.kept = self.kept(Commit::Stored, &images);
         let tasks = self.watch(tasks, 0)?;
         record.tasks = self.identities(&tasks);
         if let Err(why) = self.book.store(&record) {
@@ -114,6 +116,10 @@ impl Cache {
         log::info!("the copy has been restored ({} processes)", tasks.len());
         let masked = matches!(tasks.first().and_then(|id| self.conns.get(*id)),
             Some(Conn::Task(root)) if root.process.is_masked());
+        if self.is_stored(&images) {
+            // Its CRIU has read what it needs: nobody else is to find it while the source may live.
+            self.take_back();
+        }
         let phase = Phase::Made { masked, traced: false };
         let (answer, look_at) = (Vec::new(), Instant::now());
         let images = Some(images);
@@ -234,6 +240,15 @@ impl Cache {
         Ok(())
     }
 
+    /// What an earlier run has released is about to run, as the script of its CRIU says.
+    pub(super) fn recovered_runs(&mut self, criu: i32) {
+        let is_of = |record: &Record| record.criu.is_some_and(|who| who.pid == criu);
+        let released = |copy: &Copy| copy.criu == 0 && copy.record.state == State::Released;
+        if self.copies.iter().any(|copy| released(copy) && is_of(&copy.record)) {
+            self.spend_view();
+        }
+    }
+
     /// A script has closed.
     pub(super) fn script_gone(&mut self, script: Id) {
         for copy in self.copies.iter_mut().filter(|copy| copy.script == Some(script)) {
@@ -322,12 +337,17 @@ impl Cache {
         }
     }
 
-    fn copy_is_dead(&mut self, at: usize) {
-        let copy = self.finish_copy(at);
+    pub(super) fn copy_is_dead(&mut self, at: usize) {
+        let copy = self.drop_copy(at);
         log::info!("nothing of the copy is left");
-        if self.session.stored() == Some(copy.record.session) {
-            // Its images wait for their word still.
+        // Its images may wait for their word still: then there is a record at any moment.
+        let waits = self.session.stored() == Some(copy.record.session);
+        if waits {
+            self.take_back();
             self.note_open();
+        }
+        if !waits || self.open.is_none() {
+            self.book.remove(&copy.record);
         }
         // One of an earlier session says nothing of the one that waits.
         if let Phase::Doomed(why) = copy.phase
@@ -348,8 +368,7 @@ impl Cache {
             // There is nothing from which another could be made.
             None => self.session.lost(copy.record.session),
         }
-        // Another may try.
-        self.answer_all();
+        self.let_another_begin();
     }
 
     // Nothing is left to be done for it.
@@ -388,6 +407,7 @@ impl Cache {
             Phase::Continued { .. } | Phase::Doomed(_) => return false,
         };
         self.note(at, State::Released);
+        self.spend_view();
         self.continue_copy(at);
         if ready {
             self.runs(at);

@@ -4,15 +4,22 @@
 //! it ends. Its images go into the catalog of the session that comes in. A reader whose image is not there
 //! waits under its name; all who wait are answered when the image is complete, or when the session has
 //! ended. A complete session is served until a restore has succeeded, or, with --keep, until the next
-//! session is complete; a restore of the stream dialect goes on with the session that it began with.
+//! session is complete; a restore of the stream dialect goes on with the session that it began with. A scripted one
+//! waits, stored, until its source has released it; or, with the commit point `restored`, one restore makes a copy of it
+//! meanwhile, which is stopped, and runs at the release.
+//!
+//! With a view the images are files of a directory as well. A restore from there asks for nothing: its action script
+//! says when it begins and what it has made. What may be written before a dump comes is memory for its images.
 
 mod aside;
 mod copies;
 mod outcome;
 mod peer;
+mod prepare;
 mod readers;
 mod recover;
 mod scripted;
+mod view;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -27,13 +34,14 @@ use crate::client::Door;
 use crate::client::control::Control;
 use crate::client::fence::Fence;
 use crate::client::listener::Listener;
+use crate::client::process::Process;
 use crate::client::remote::RemoteClient;
 use crate::client::stream::{PipeOut, Serve};
 use crate::deferred::Deferred;
-use crate::peer::Choice;
 use crate::peer::allow::Allowed;
 use crate::peer::receiver::{Parked, Receiver};
 use crate::peer::relay::RelayPeer;
+use crate::peer::{Choice, Prepare};
 use crate::pump::{Conduit, Flow, Outflow};
 use crate::reactor::{Conns, Exit, Pollable, Reactor, Role};
 use crate::record::{Book, Record};
@@ -41,12 +49,16 @@ use crate::session::sink::Decision;
 use crate::session::{Ask, Commit, Dialect, Sink};
 use crate::store::{Bodies, BodyId, Catalog, Waits, catalog};
 use crate::table::Id;
+use crate::times::Times;
+use crate::view::{Left, View};
 use crate::wire::Key;
 use crate::wire::relay::SessionId;
 use crate::{net, pump};
 use aside::Aside;
 use copies::{Copy, CopyTask};
+use prepare::Preparation;
 use scripted::Criu;
+use view::Shown;
 
 /// TCP connections that may wait for their first frame at a time.
 pub const MAX_PARKED: usize = 16;
@@ -86,6 +98,8 @@ pub struct Setup {
     pub keep: bool,
     /// What may be spoken with the peer.
     pub choice: Choice,
+    /// Whether memory is written beforehand.
+    pub prepare: Prepare,
     /// Free what a restore has read.
     pub consume: bool,
     /// Where the record of a copy is kept, and what an earlier run has left there.
@@ -94,6 +108,8 @@ pub struct Setup {
     pub records: Vec<Record>,
     /// Where the images will be.
     pub bodies: Bodies,
+    /// Where they appear as files, and what an earlier run has left there.
+    pub view: Option<(View, Left)>,
     /// Connections and pipes at a time.
     pub max_conns: usize,
 }
@@ -130,6 +146,8 @@ pub enum Conn {
     Criu(Criu),
     /// A task of what it has restored.
     Task(CopyTask),
+    /// A process that reads the images of the view after the restore.
+    Reader(Process),
 }
 
 /// A restore of the stream dialect.
@@ -157,6 +175,7 @@ impl Conn {
             Self::Control(conn) => conn,
             Self::Criu(criu) => &criu.process,
             Self::Task(task) => &task.process,
+            Self::Reader(process) => process,
         }
     }
 }
@@ -226,12 +245,16 @@ pub struct Cache {
     released: Vec<Record>,
     // And of the session that is stored and waits for its word.
     open: Option<Record>,
+    shown: Shown,
+    times: Times,
     // Whether a proxy has been told that an announced restore waits, and whether that may have changed.
     told_waits: bool,
     restores_changed: bool,
     // Names this run of the cache.
     run: SessionId,
     choice: Choice,
+    // Memory that is written before a dump comes.
+    preparing: Preparation,
     // What restores have read is freed; these bodies have been opened, and are not whole any more.
     consume: bool,
     consumed: HashSet<BodyId>,
@@ -269,13 +292,14 @@ impl Cache {
                 (Vec::new(), true)
             }
         };
+        let (view, left) = setup.view.map_or((None, Left::Nothing), |(view, left)| (Some(view), left));
         let mut cache = Self {
             conns,
             max_conns: setup.max_conns,
             block: vec![0; pump::BLOCK],
             conduit: Conduit::default(),
             bodies: setup.bodies,
-            session: Sink::new(setup.keep),
+            session: Sink::new(setup.keep, view.is_some()),
             exit: None,
             asks: Deferred::new(DEFER_AT_MOST),
             busy: false,
@@ -293,10 +317,13 @@ impl Cache {
             book: setup.book,
             released: Vec::new(),
             open: None,
+            shown: Shown::new(view),
+            times: Times::default(),
             told_waits: false,
             restores_changed: false,
             run: net::random_id()?,
             choice: setup.choice,
+            preparing: Preparation::new(setup.prepare),
             consume: setup.consume,
             consumed: HashSet::new(),
             accepted: 0,
@@ -309,7 +336,7 @@ impl Cache {
             inherited,
             allowed,
         };
-        cache.recover(setup.records).map_err(io::Error::other)?;
+        cache.recover(setup.records, left).map_err(io::Error::other)?;
         Ok(cache)
     }
 
@@ -350,7 +377,9 @@ impl Cache {
                                 pid,
                             })
                         }
-                        Door::Control => Conn::Control(Control::new(fd, now)),
+                        Door::Control | Door::View => {
+                            Conn::Control(Control::new(fd, door == Door::View, now))
+                        }
                     };
                     let id = self.conns.insert(conn).map_err(|error| error.to_string())?;
                     // Its header may be there already.
@@ -381,6 +410,9 @@ impl Cache {
                 }
                 self.incoming.clear(&mut self.bodies);
                 self.arriving.clear();
+                if !(self.session.has_only_copy() && self.persists()) {
+                    self.clear_view();
+                }
                 if !self.session.stays() && !self.session.has_only_copy() {
                     self.failing = Some(FAREWELL);
                 }
@@ -472,12 +504,14 @@ impl Cache {
             Conn::Relay(peer) => self.relay_gone(id, peer, why),
             Conn::Control(_) => {
                 self.script_gone(id);
+                self.waiter_gone(id);
                 if let Some(why) = why {
                     log::warn!("the action script {why}");
                 }
             }
             Conn::Criu(criu) => self.criu_gone(criu),
             Conn::Task(_) => self.task_gone(id),
+            Conn::Reader(_) => self.reader_gone(id),
         }
     }
 }
@@ -501,6 +535,7 @@ impl Role for Cache {
             Some(Conn::Control(_)) => self.step_control(id),
             Some(Conn::Criu(_)) => self.step_criu(id),
             Some(Conn::Task(_)) => self.step_task(id),
+            Some(Conn::Reader(_)) => self.step_reader(id),
             None => {}
         }
     }
@@ -520,7 +555,7 @@ impl Role for Cache {
             Some(Conn::Remote(_) | Conn::Restore(_) | Conn::Parked(_) | Conn::Control(_)) => {
                 self.close(id, Some("kept us waiting for a whole request for too long".into()));
             }
-            Some(Conn::Pipe(_) | Conn::Peer(_) | Conn::Criu(_) | Conn::Task(_)) | None => {}
+            Some(Conn::Pipe(_) | Conn::Peer(_) | Conn::Criu(_) | Conn::Task(_) | Conn::Reader(_)) | None => {}
         }
     }
 
@@ -528,7 +563,8 @@ impl Role for Cache {
         // Once it is over, whatever else keeps us here is an event.
         let lingers = self.lingers.filter(|until| *until > Instant::now());
         let aside = self.aside.as_ref().map(Aside::until);
-        lingers.into_iter().chain(self.copies_wake_at()).chain(aside).min()
+        let waking = [lingers, self.copies_wake_at(), aside, self.shown.wake_at(), self.preparing.wake_at()];
+        waking.into_iter().flatten().min()
     }
 
     fn after_batch(&mut self, now: Instant) -> (bool, Option<Exit>) {
@@ -546,7 +582,9 @@ impl Role for Cache {
         }
         self.decide_asks();
         self.tick_copies(now);
+        self.tick_view(now);
         self.tell_waits();
+        let preparing = self.tick_prepare(now);
         let is_busy = |conn: &Conn| match conn {
             Conn::Remote(client) => client.is_reading(),
             Conn::Relay(peer) => !peer.has_said_all(),
@@ -556,14 +594,17 @@ impl Role for Cache {
             && !self.has_waiting_peer()
             && !self.conns.iter().any(|(_, conn)| is_busy(conn))
             && self.may_leave(now)
+            && !self.is_being_read()
         {
+            self.clear_view();
             self.exit = self.exit.or(Some(Exit::Done));
         }
-        if self.exit.is_some() {
+        // Of images that stay the next cache is asked.
+        if self.exit.is_some() && !(self.session.has_only_copy() && self.persists()) {
             self.forget_released(None);
         }
         let failing = self.failing.is_some() && self.lingers.is_none();
-        (self.fence.is_waiting() || failing || !self.asks.is_empty(), self.exit)
+        (self.fence.is_waiting() || failing || preparing || !self.asks.is_empty(), self.exit)
     }
 
     fn terminate(&mut self, signal: Ask) {
@@ -601,17 +642,27 @@ impl Cache {
 
     fn asked(&mut self, signal: Ask) {
         let only_copy = self.session.has_only_copy();
-        let decision = self.session.terminate(signal);
+        let outlives = only_copy && self.persists();
+        let decision = self.session.terminate(signal, outlives);
         if let Decision::Over(outcome) = &decision {
             self.exit = Some(if outcome.is_ok() { Exit::Done } else { Exit::Failed });
-            // Of a copy that was made the record stays.
+            // Of a copy that was made the record stays, and of images that do.
             if let Some(open) = self.open.take()
+                && !outlives
                 && !self.is_being_copied(open.session)
             {
                 self.book.remove(&open);
             }
-            if let (true, Some(images)) = (only_copy, self.stored.as_ref().or(self.last.as_ref())) {
+            if outlives {
+                log::warn!(
+                    "{} images stay in the view",
+                    self.stored.as_ref().or(self.last.as_ref()).map_or(0, |images| images.len())
+                );
+            } else if let (true, Some(images)) = (only_copy, self.stored.as_ref().or(self.last.as_ref())) {
                 log::error!("dropped: {} images, {}", images.len(), pump::human(images.bytes()));
+            }
+            if !outlives {
+                self.clear_view();
             }
             self.drop_aside();
             // So that it does not take our end for a good one.

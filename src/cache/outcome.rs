@@ -25,11 +25,21 @@ impl Cache {
         if let Err(why) = self.incoming.check(&self.bodies) {
             return self.close(id, Some(format!("has finished a dump that is none: {why}")));
         }
+        let name = peer.name().to_string();
+        if self.incoming.scripted
+            && let Err(why) = self.open_record(name, session).and_then(|()| self.outlives(session))
+        {
+            self.close_record(false);
+            return self.close(id, Some(format!("was stopped: {why}")));
+        }
+        let Some(Conn::Relay(peer)) = self.conns.get_mut(id) else { return };
         peer.settled();
         self.peer = None;
+        self.preparation_over();
         self.parked.push_back(id);
         session::remember(&mut self.confirmed, (session, images, bytes));
         self.unheard = Some(session);
+        self.times.stored(bytes);
         if self.incoming.scripted {
             let images = std::mem::take(&mut self.incoming);
             let what = match self.commit {
@@ -43,7 +53,6 @@ impl Cache {
             );
             self.session.hold(session, self.commit);
             self.stored = Some(Rc::new(images));
-            self.open_record(id, session);
             // From here on another one has to wait, if any does.
             self.told_waits = false;
             self.restores_changed = true;
@@ -53,22 +62,28 @@ impl Cache {
         }
         self.say(id, Kind::AllStored(relay::AllStored { images, bytes }));
         if self.session.offers() {
+            self.offer_view();
             self.answer_all();
         }
         self.wake_parked();
     }
 
-    // So that the operator finds who has the images. Nothing depends on it: they go with this daemon.
-    fn open_record(&mut self, link: Id, session: SessionId) {
-        let name = match self.conns.get(link) {
-            Some(Conn::Relay(peer)) => peer.name().to_string(),
-            _ => String::new(),
-        };
-        match self.book.record(session, State::Stored) {
-            Ok(record) => self.open = Some(Record { peer: name, ..record }),
-            Err(why) => log::warn!("{why}"),
+    // So that the operator finds who has the images. Something depends on it only if they outlive this daemon.
+    fn open_record(&mut self, peer: String, session: SessionId) -> Result<(), String> {
+        let kept = self.kept(self.commit, &self.incoming);
+        let needed = kept.is_some();
+        let record = self.book.record(session, State::Stored).map(|record| Record { peer, kept, ..record });
+        let stored = record.and_then(|record| {
+            let record = self.open.insert(record);
+            self.book.store(record)
+        });
+        match stored {
+            Err(why) if !needed => {
+                log::warn!("{why}");
+                Ok(())
+            }
+            stored => stored,
         }
-        self.note_open();
     }
 
     pub(super) fn note_open(&self) {
@@ -85,6 +100,21 @@ impl Cache {
             && !copied
         {
             self.book.remove(&record);
+        }
+    }
+
+    // The same when it was released. Of images that outlive us the record stays until the source knows: it may ask the
+    // next cache.
+    fn release_record(&mut self, copied: bool) {
+        match self.open.take_if(|open| !copied && open.kept.is_some()) {
+            Some(mut record) => {
+                record.state = State::Released;
+                if let Err(why) = self.book.store(&record) {
+                    log::error!("{why}; should this daemon die now, see criu-relay resolve");
+                }
+                self.released.push(record);
+            }
+            None => self.close_record(copied),
         }
     }
 
@@ -139,28 +169,40 @@ impl Cache {
 
     // The source is dead: its copy runs (true), or is made now.
     pub(super) fn released(&mut self, session: SessionId) -> bool {
+        self.times.over();
         let runs = self.release_copy(session);
-        self.close_record(runs || self.is_being_copied(session));
+        self.release_record(runs || self.is_being_copied(session));
         match runs {
             true => log::info!("released by its source"),
             false => log::info!("released by its source: its images are served now"),
         }
         if let Some(images) = self.stored.take() {
-            self.publish(images);
+            self.publish(images, runs);
         }
         let mut decision = self.session.peer_ended(Ok(()));
         if runs {
             self.tell(relay::SUCCEEDED, "");
             decision = self.session.restore_ended(true);
+            self.hide_restored();
+            self.tell_times();
         }
         self.decide(decision);
         self.answer_all();
         runs
     }
 
+    // Once, when the copy runs.
+    pub(super) fn tell_times(&mut self) {
+        if let Some(line) = self.times.take() {
+            log::info!("{line}");
+        }
+    }
+
     // The source runs on. Whether a copy has to die first; `link` is told then.
     pub(super) fn rolled_back(&mut self, session: SessionId, link: Option<Id>) -> bool {
         log::warn!("rolled back: the source runs on, its images are dropped");
+        // Before its record: without that, whoever comes after us would serve them, or not know whose they are.
+        self.clear_view();
         let dying = self.roll_back_copy(session, link);
         self.close_record(dying);
         self.drop_stored();
@@ -184,7 +226,13 @@ impl Cache {
     // Before the peer's images are refused for want of memory, what need not stay goes: the last session, if it has
     // been restored and nobody reads it.
     pub(super) fn make_room(&mut self) {
-        if self.bodies.left() >= SHORT || !self.session.is_receiving() || !self.session.is_restored() {
+        if self.session.is_receiving() {
+            self.make_room_for(SHORT);
+        }
+    }
+
+    pub(super) fn make_room_for(&mut self, bytes: u64) {
+        if self.bodies.left() >= bytes || !self.session.is_restored() {
             return;
         }
         if let Some(images) = self.last.take_if(|images| Rc::strong_count(images) == 1) {
@@ -193,13 +241,26 @@ impl Cache {
                 images.len(),
                 pump::human(images.bytes())
             );
+            // With --keep it may be in the view still: its links would lead to what gets their descriptors next.
+            if !self.session.is_busy() {
+                self.clear_view();
+            }
             self.unpin(images);
         }
     }
 
-    // A complete session is there to be served.
-    fn publish(&mut self, images: Rc<Catalog>) {
+    // A complete session is there to be served; unless its copy runs already, to whoever waits in the view too.
+    pub(super) fn publish(&mut self, images: Rc<Catalog>, runs: bool) {
         log::info!("the dump is complete: {} images, {}", images.len(), pump::human(images.bytes()));
+        if !runs && !self.is_copied(&images) {
+            match self.reveal(&images) {
+                Ok(()) => self.tell_waiters(Ok(())),
+                Err(why) => {
+                    log::error!("{why}: the dump can be restored with criu restore --stream only");
+                    self.tell_waiters(Err(&why));
+                }
+            }
+        }
         if let Some(old) = self.last.replace(images) {
             if self.session.has_only_copy() {
                 log::warn!("the dump before it, of {} images, was never restored; it is dropped", old.len());
@@ -211,14 +272,19 @@ impl Cache {
 
     pub(super) fn session_ended(&mut self, outcome: Result<(), String>) {
         self.peer = None;
+        if self.session.is_receiving() {
+            self.preparation_over();
+        }
         let failed = outcome.is_err();
         if outcome.is_ok() {
             let images = std::mem::take(&mut self.incoming);
-            self.publish(Rc::new(images));
+            self.publish(Rc::new(images), false);
         }
+        let why = outcome.clone().err();
         let decision = self.session.peer_ended(outcome);
         self.decide(decision);
         if failed {
+            self.tell_waiters(Err(&format!("the dump failed: {}", why.unwrap_or_default())));
             self.forget_consumed();
             self.close_early_restores();
             for body in self.followers.keys().copied().collect::<Vec<_>>() {

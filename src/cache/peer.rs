@@ -191,6 +191,9 @@ impl Cache {
             (false, _) => "it is not scripted: it is served as soon as it is complete",
         };
         log::info!("a dump begins, from {from}; {served}");
+        self.clear_view();
+        self.dump_takes_prepared();
+        self.times.begin();
         if scripted {
             // A restore that has not announced itself need not wait for it.
             self.answer_all();
@@ -256,6 +259,12 @@ impl Cache {
             }
             Event::Complete(key, body, end) => {
                 self.has_arrived(&key, body);
+                // One that has been replaced meanwhile is gone: what has replaced it has an event of its own.
+                let is_last = self.incoming.get(&key).is_some_and(|image| image.body == body);
+                let shown = if is_last { self.show(&key, body) } else { Ok(()) };
+                if let Err(why) = shown {
+                    return self.close(id, Some(why));
+                }
                 for follower in self.followers.remove(&body).into_iter().flatten() {
                     self.complete_for(follower, body, end);
                 }
@@ -265,6 +274,7 @@ impl Cache {
                 self.has_arrived(&key, body);
                 self.abort_followers(body);
             }
+            Event::Prepare(bytes, sizes) => self.prepare(id, bytes, sizes),
             Event::Finished(images, bytes) => self.finished(id, images, bytes),
             Event::Word(session, word) => self.word(id, session, word),
             Event::Resume(session, run) => self.resume(id, session, &run),
@@ -333,6 +343,10 @@ impl Cache {
         let mut complete = Vec::new();
         let arrival = peer.step(&mut self.incoming, &mut self.bodies, &mut self.block, &mut complete);
         for key in complete {
+            let shown = self.incoming.get(&key).map_or(Ok(()), |image| self.show(&key, image.body));
+            if let Err(why) = shown {
+                return self.close(id, Some(why));
+            }
             self.answer_waiting(&key);
         }
         match arrival {

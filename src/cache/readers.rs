@@ -61,14 +61,19 @@ impl Cache {
 
     // Whether a restore has succeeded with these images, or another one is at it.
     fn is_taken(&self, id: Id, images: &Rc<Catalog>) -> bool {
+        self.session.is_restored() || self.is_restored_from(Some(id), images)
+    }
+
+    // Whether a restore is at these images, other than this one.
+    pub(super) fn is_restored_from(&self, than: Option<Id>, images: &Rc<Catalog>) -> bool {
         let is_at_it = |(other, conn): (Id, &Conn)| match conn {
-            Conn::Restore(restore) if other != id => {
+            Conn::Restore(restore) if than != Some(other) => {
                 restore.images.as_ref().is_some_and(|i| Rc::ptr_eq(i, images))
             }
             Conn::Criu(criu) => criu.is_at(images),
             _ => false,
         };
-        self.session.is_restored() || self.is_copied(images) || self.conns.iter().any(is_at_it)
+        self.is_copied(images) || self.conns.iter().any(is_at_it)
     }
 
     // What was consumed of images that are gone.

@@ -22,16 +22,16 @@ pub struct Criu {
     pub(super) process: Process,
     /// As seen from here.
     pid: i32,
-    /// What it was restoring when its connection closed.
-    closed: Option<Rc<Catalog>>,
+    /// What it restores from without a connection: that has closed, or it reads the view.
+    at: Option<Rc<Catalog>>,
     /// Whether its script has said at `post-restore` that it has made a copy.
     copied: bool,
 }
 
 impl Criu {
-    /// Whether it was restoring these images when its connection closed, and has not spoken yet.
+    /// Whether it restores from these images without a connection, and has made no copy yet.
     pub fn is_at(&self, images: &Rc<Catalog>) -> bool {
-        self.closed.as_ref().is_some_and(|closed| Rc::ptr_eq(closed, images))
+        self.at.as_ref().is_some_and(|at| Rc::ptr_eq(at, images))
     }
 }
 
@@ -42,16 +42,24 @@ impl Cache {
             Ok(Controlled::Wait) => self.settle(id),
             Ok(Controlled::End) => self.close(id, None),
             Ok(Controlled::Request(request)) => {
+                let in_view = control.is_in_view();
                 log::debug!("the action script: {}", request.action.name());
                 let verdict = match request.action {
                     Action::PreStream => self.announce(request.criu),
-                    Action::PostRestore => self.restored(request),
+                    // Without pre-stream, it is the first that is heard of a restore from a directory.
+                    Action::PreRestore if in_view => self.begins_in_view(request.criu),
+                    Action::PreRestore => Ok(()),
+                    Action::PostRestore => self.restored(request, in_view),
                     Action::PreResume => {
                         let verdict = self.pre_resume(request, id);
                         return self.about_to_run_answered(id, verdict);
                     }
                     Action::PreDump | Action::PostDump => {
                         Err("this is criu-relay cache, at which nothing is dumped".into())
+                    }
+                    Action::Wait => {
+                        self.settle(id);
+                        return self.wait(id);
                     }
                     Action::Commit => return self.resolved(id, Word::Release),
                     Action::Rollback => return self.resolved(id, Word::Rollback),
@@ -83,13 +91,13 @@ impl Cache {
         self.reply(id, said);
     }
 
-    fn reply(&mut self, id: Id, verdict: Result<String, String>) {
+    pub(super) fn reply(&mut self, id: Id, verdict: Result<String, String>) {
         if let Some(Conn::Control(control)) = self.conns.remove(id) {
             control.verdict(verdict.as_deref().map_err(String::as_str));
         }
     }
 
-    fn announce(&mut self, criu: OwnedFd) -> Result<(), String> {
+    pub(super) fn announce(&mut self, criu: OwnedFd) -> Result<(), String> {
         // 0, as which it would be seen here, is what every process is that is not visible.
         let Some(pid) = net::pidfd_pid(criu.as_fd()) else {
             return Err(
@@ -101,11 +109,11 @@ impl Cache {
         if let Some(criu) = self.criu_mut(pid) {
             // The same process restores again.
             criu.copied = false;
-            if let Some(images) = criu.closed.take() {
+            if let Some(images) = criu.at.take() {
                 self.unpin(images);
             }
         } else {
-            let criu = Criu { process: Process::new(criu), pid, closed: None, copied: false };
+            let criu = Criu { process: Process::new(criu), pid, at: None, copied: false };
             let added = self.conns.insert(Conn::Criu(criu));
             added.map_err(|error| format!("CRIU can't be watched: {error}"))?;
         }
@@ -136,8 +144,13 @@ impl Cache {
         }
     }
 
-    // Whether a restore that has announced itself waits for its first image.
+    // Whether a restore waits for its first image, or somebody for a restore from the view.
     pub(super) fn has_waiting_restore(&self) -> bool {
+        self.has_waiter() || self.has_announced_restore()
+    }
+
+    // Whether a restore of the stream dialect that has announced itself waits for its first image.
+    pub(super) fn has_announced_restore(&self) -> bool {
         self.conns
             .iter()
             .any(|(_, conn)| matches!(conn, Conn::Restore(r) if r.announced && r.images.is_none()))
@@ -158,14 +171,19 @@ impl Cache {
     pub(super) fn images_of(&self, pid: i32) -> Option<Rc<Catalog>> {
         self.conns.iter().find_map(|(_, conn)| match conn {
             Conn::Restore(restore) if restore.pid == pid => restore.images.clone(),
-            Conn::Criu(criu) if criu.pid == pid => criu.closed.clone(),
+            Conn::Criu(criu) if criu.pid == pid => criu.at.clone(),
             _ => None,
         })
     }
 
     // Memory, files and PIDs are there. An error kills them.
-    fn restored(&mut self, request: Request<OwnedFd>) -> Result<(), String> {
+    fn restored(&mut self, request: Request<OwnedFd>, in_view: bool) -> Result<(), String> {
         let pid = net::pidfd_pid(request.criu.as_fd()).unwrap_or(0);
+        if in_view && !self.has_announced(pid) {
+            // A CRIU without pre-restore.
+            let criu = request.criu.try_clone().map_err(|error| format!("CRIU can't be watched: {error}"))?;
+            self.begins_in_view(criu)?;
+        }
         if !self.has_announced(pid) {
             // Before 3.19 CRIU has no pre-stream. It is given nothing of a scripted session.
             return Ok(());
@@ -173,7 +191,7 @@ impl Cache {
         self.post_restore(pid, request.tasks)?;
         if let Some(criu) = self.criu_mut(pid) {
             criu.copied = true;
-            if let Some(images) = criu.closed.take() {
+            if let Some(images) = criu.at.take() {
                 self.unpin(images);
             }
         }
@@ -184,6 +202,7 @@ impl Cache {
     fn pre_resume(&mut self, request: Request<OwnedFd>, script: Id) -> Result<(), String> {
         let pid = net::pidfd_pid(request.criu.as_fd()).unwrap_or(0);
         if !self.has_announced(pid) {
+            self.recovered_runs(pid);
             return Ok(());
         }
         self.about_to_run(pid, request.tasks, request.stays, script)
@@ -199,7 +218,7 @@ impl Cache {
                 self.answer_all();
             }
             Some(criu) => {
-                if let Some(before) = criu.closed.replace(images) {
+                if let Some(before) = criu.at.replace(images) {
                     self.unpin(before);
                 }
             }
@@ -218,7 +237,7 @@ impl Cache {
 
     pub(super) fn criu_gone(&mut self, criu: Criu) {
         self.copys_criu_ended(criu.pid);
-        if let Some(images) = criu.closed {
+        if let Some(images) = criu.at {
             self.restore_failed(&images);
             self.unpin(images);
         }
@@ -227,17 +246,24 @@ impl Cache {
     fn restore_failed(&mut self, images: &Rc<Catalog>) {
         let more = self.what_stays();
         log::error!("the restore has failed: its CRIU ended before it had made a copy; {more}");
-        if self.is_stored(images) && self.session.copy_failed() {
-            self.tell(relay::FAILED, "its CRIU ended before it had made a copy");
+        if self.is_stored(images) {
+            self.take_back();
+            if self.session.copy_failed() {
+                self.tell(relay::FAILED, "its CRIU ended before it had made a copy");
+            }
         }
         self.decide_restored(images, false);
-        // Another may try.
-        self.answer_all();
+        self.let_another_begin();
     }
 
     // What a restore's end means for the session.
     pub(super) fn decide_restored(&mut self, images: &Rc<Catalog>, success: bool) {
         if self.last.as_ref().is_some_and(|last| Rc::ptr_eq(last, images)) {
+            if success {
+                self.hide_restored();
+                self.times.ready();
+                self.tell_times();
+            }
             let decision = self.session.restore_ended(success);
             self.decide(decision);
         }

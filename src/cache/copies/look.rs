@@ -20,6 +20,10 @@ const LOOK: Duration = Duration::from_millis(2);
 /// or of the kernel, which continues a stopped job when its CRIU, the last link to its shell, has ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
+/// How long a copy that an earlier run has released, and that shows nothing, may be in the hands of its CRIU: that asks
+/// at `pre-resume`, and should find us. (A program may block every signal too.)
+const IN_HAND: Duration = Duration::from_secs(60);
+
 impl Cache {
     /// When a copy is to be looked at again.
     pub(in crate::cache) fn copies_wake_at(&self) -> Option<Instant> {
@@ -79,12 +83,27 @@ impl Cache {
                         }
                     }
                 }
-                if !held {
-                    self.runs(at);
+                // CRIU may be about to kill what an earlier run has released: then it has never run.
+                let root = copy.tasks.first().and_then(process);
+                held |= now < until + IN_HAND && self.is_in_hand(at);
+                if copy.criu == 0 && root.is_some_and(Process::is_free) {
+                    self.spend_view();
+                }
+                match held {
+                    true => {}
+                    false if self.copies[at].tasks.is_empty() && self.can_be_repeated(at) => {
+                        self.copy_is_dead(at)
+                    }
+                    false => self.runs(at),
                 }
             }
             Phase::Doomed(_) => {}
         }
+    }
+
+    // Whether nothing of an earlier run's copy has run, and another can be made.
+    fn can_be_repeated(&self, at: usize) -> bool {
+        self.copies[at].criu == 0 && self.copies[at].images.is_some() && !self.is_view_spent()
     }
 
     // It runs, and whatever becomes of it is its own affair.
@@ -95,6 +114,9 @@ impl Cache {
             );
         }
         log::info!("the copy runs");
+        if self.copies[at].criu == 0 {
+            self.spend_view();
+        }
         let copy = self.drop_copy(at);
         match self.session.settled(&copy.record.session) {
             // Its source may ask once more.
@@ -113,11 +135,20 @@ impl Cache {
     // Whether an earlier run's copy may be in CRIU's code for ever, since that CRIU is dead. (A program may block every
     // signal too.)
     fn may_be_stuck(&self, at: usize) -> bool {
+        let criu = self.copies[at].record.criu.as_ref().map(Identity::open);
+        self.is_masked(at) && matches!(criu, Some(Ok(Found::Dead | Found::Another)))
+    }
+
+    // Whether an earlier run's copy is in the hands of its CRIU still.
+    fn is_in_hand(&self, at: usize) -> bool {
         let copy = &self.copies[at];
-        let root = copy.tasks.first().and_then(|id| self.conns.get(*id));
-        let criu = copy.record.criu.as_ref().map(Identity::open);
+        let criu = || copy.record.criu.as_ref().map(Identity::open);
+        copy.criu == 0 && self.is_masked(at) && matches!(criu(), Some(Ok(Found::Alive(_))))
+    }
+
+    fn is_masked(&self, at: usize) -> bool {
+        let root = self.copies[at].tasks.first().and_then(|id| self.conns.get(*id));
         matches!(root, Some(Conn::Task(root)) if root.process.is_masked())
-            && matches!(criu, Some(Ok(Found::Dead | Found::Another)))
     }
 
     // Somebody else has continued what is not to run.
@@ -147,6 +178,7 @@ impl Cache {
             return self.fail_copy(at, why);
         }
         log::info!("the copy stands ready ({} processes)", self.copies[at].tasks.len());
+        self.times.ready();
         self.copies[at].phase = Phase::Prepared;
         if self.session.prepared() {
             self.tell(relay::PREPARED, "");
@@ -162,8 +194,9 @@ impl Cache {
                     "the copy runs, although CRIU's action script has not asked at pre-resume (if it does not, the script \
                      has stopped it: kill -CONT its processes)"
                 );
-                self.finish_copy(at);
+                // In this order: without a record, what is in the view would be restored again.
                 self.decide_restored(&images, true);
+                self.finish_copy(at);
                 self.unpin(images);
             }
             _ => self.fail_copy(at, "it ran without a word of CRIU's action script at pre-resume".into()),
