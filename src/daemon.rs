@@ -13,13 +13,15 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpabl
 
 use crate::cli::{BACKGROUND, MEMORY_MIN, Options, Verb};
 use crate::client::Door;
+use crate::peer::Prepare;
 use crate::peer::dialer::Dialer;
 use crate::pump::human;
 use crate::reactor::{Exit, Reactor};
 use crate::record::Book;
 use crate::session::Dialect;
 use crate::sockets::{self, Sockets};
-use crate::store::{Bodies, SpillFile};
+use crate::store::{Bodies, Files, SpillFile};
+use crate::view::View;
 use crate::{cache, memory, proxy, script};
 
 /// Descriptors kept back for what is neither a body nor a connection: the log, the poll, a descriptor that
@@ -54,8 +56,14 @@ pub fn run(options: &Options) -> Result<Exit, String> {
 }
 
 fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Result<Exit, String> {
-    let (max_memfds, max_conns) = raise_descriptor_limit();
-    let bodies = images_memory(options, max_memfds)?;
+    let (max_memfds, max_conns) = raise_descriptor_limit(options.view.is_some());
+    // Whoever finds something of ours there looks at the socket first.
+    let mut view = options.view.as_ref().map(View::open).transpose()?;
+    let bodies = images_memory(options, max_memfds)?.with_files(match &view {
+        Some(view) if view.persists() => Files::Nameless(view.open_dir()?),
+        Some(_) => Files::Own,
+        None => Files::Shared,
+    });
     let reactor = Reactor::new().map_err(|error| format!("the poll loop can't be made: {error}"))?;
     // A failure from here on leaves no socket behind: `files` removes them.
     let mut files = Sockets::default();
@@ -65,11 +73,23 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
     };
     let mut remote_dirs = options.images_dirs.clone();
     remote_dirs.push(options.work_dir.clone());
-    let listeners = vec![
+    let mut listeners = vec![
         (files.place(&remote_dirs, remote)?, Door::Criu(Dialect::Remote)),
         (files.place(&options.images_dirs, stream)?, Door::Criu(Dialect::Stream)),
         (files.place(&options.images_dirs, script::socket_name(options.verb))?, Door::Control),
     ];
+    if let Some(view) = &view {
+        let is_view = |dir: &PathBuf| fs::canonicalize(dir).is_ok_and(|dir| dir == view.dir());
+        if remote_dirs.iter().any(is_view) {
+            return Err(format!(
+                "{} can't be the view too: --view takes a directory of its own",
+                view.dir().display()
+            ));
+        }
+        let dir = [view.dir().to_path_buf()];
+        listeners.push((files.place(&dir, script::socket_name(Verb::Cache))?, Door::View));
+    }
+    let left = view.as_mut().map(View::take_over).transpose()?;
     let images_dir = fs::canonicalize(&options.images_dirs[0]);
     let images_dir = images_dir.map_err(|error| format!("{}: {error}", options.images_dirs[0].display()))?;
     let book = Book::new(options.verb, options.work_dir.clone(), images_dir);
@@ -102,11 +122,25 @@ fn serve(options: &Options, link: Option<OwnedFd>, status: Option<File>) -> Resu
                     (cache::Reach::Listen(fd, options.allow_peer.clone()), port)
                 }
             };
-            let (keep, choice, consume) = (options.keep, options.policy.choice, options.consume);
-            let setup =
-                cache::Setup { listeners, reach, keep, choice, consume, book, records, bodies, max_conns };
+            let (keep, consume) = (options.keep, options.consume);
+            let (choice, prepare) = (options.policy.choice, options.policy.prepare);
+            let view = view.zip(left);
+            let setup = cache::Setup {
+                listeners,
+                reach,
+                keep,
+                choice,
+                prepare,
+                consume,
+                book,
+                records,
+                bodies,
+                view,
+                max_conns,
+            };
             let mut role = cache::Cache::new(&reactor, setup).map_err(wrong)?;
-            let _pidfile = ready(options, port, status)?;
+            // The role removes the directory of a view that was made in vain: no socket may be in it by then.
+            let _pidfile = ready(options, port, status).inspect_err(|_| files.remove())?;
             let exit = reactor.run(&mut role);
             files.remove();
             exit
@@ -186,19 +220,22 @@ impl Drop for Pidfile {
     }
 }
 
-// The descriptors that bodies may take, and those that connections may take.
-fn raise_descriptor_limit() -> (usize, usize) {
+// The descriptors that bodies may take, and those that connections may take. `each`: every body needs one.
+fn raise_descriptor_limit(each: bool) -> (usize, usize) {
     let before = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: before.maximum, maximum: before.maximum };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
         log::warn!("RLIMIT_NOFILE can't be raised: {error}");
     }
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-    let memfds = limit / 4;
-    let conns = limit - memfds - RESERVE.min(limit / 4);
+    let reserve = RESERVE.min(limit / 4);
+    // Some are left for connections, however few there are.
+    let memfds = if each { (limit - reserve) / 4 * 3 } else { limit / 4 };
+    let conns = limit - memfds - reserve;
     log::info!(
-        "RLIMIT_NOFILE is {limit}: {conns} connections and pipes at a time, {memfds} large images with a file of \
-         their own"
+        "RLIMIT_NOFILE is {limit}: {conns} connections and pipes at a time, {memfds} {}images with a file of \
+         their own",
+        if each { "" } else { "large " }
     );
     (memfds as usize, conns as usize)
 }
@@ -228,6 +265,15 @@ fn images_memory(options: &Options, max_memfds: usize) -> Result<Bodies, String>
             None => "images beyond it are refused".into(),
         };
         log::info!("the memory limit is {} ({source}): {beyond}", human(limit));
+    }
+    if let (Prepare::Size(size), Some(limit), Verb::Cache) = (options.policy.prepare, limit, options.verb)
+        && size > limit
+    {
+        return Err(format!(
+            "--prepare is {}, and the memory limit {} ({source}): raise it with --memory-limit, or prepare less",
+            human(size),
+            human(limit)
+        ));
     }
     Ok(Bodies::new(max_memfds).limited(limit, spill))
 }

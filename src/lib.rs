@@ -25,4 +25,7 @@ pub mod session;
 pub mod sockets;
 pub mod store;
 pub mod table;
+pub mod times;
+pub mod view;
+pub mod wait;
 pub mod wire;

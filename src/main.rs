@@ -10,6 +10,7 @@ use criu_relay::daemon;
 use criu_relay::reactor::Exit;
 use criu_relay::resolve;
 use criu_relay::script;
+use criu_relay::wait;
 
 fn main() -> ExitCode {
     // CRIU's action scripts get no argument.
@@ -31,6 +32,10 @@ fn main() -> ExitCode {
         },
         Ok(Command::Resolve(asked)) => match resolve::run(&asked) {
             Ok(text) => print(&text),
+            Err(why) => complain(&why, 1),
+        },
+        Ok(Command::Wait(asked)) => match wait::run(&asked) {
+            Ok(()) => ExitCode::SUCCESS,
             Err(why) => complain(&why, 1),
         },
         Err(why) => complain(&why, 2),

@@ -88,6 +88,19 @@ pub const FLAGS: &[Flag] = &[
     ),
     flag(
         None,
+        "prepare",
+        Some("auto|off|SIZE"),
+        "write the memory for the page images before anything is frozen: auto (default): as much as the tree has; off; \
+         SIZE: so much, at the cache from its start",
+    ),
+    flag(
+        None,
+        "prepare-timeout",
+        Some("SECONDS"),
+        "proxy: how long pre-dump waits for that (default 30, at least 1)",
+    ),
+    flag(
+        None,
         "reconnect",
         Some("SECONDS"),
         "proxy: how long a link that was lost in the middle of a dump may take to come back: the dump goes on \
@@ -140,6 +153,20 @@ pub const FLAGS: &[Flag] = &[
         Some("DIR"),
         "beyond the limit, images grow in a file without a name in this directory, instead of being refused",
     ),
+    flag(
+        None,
+        "view",
+        Some("DIR"),
+        "cache: a complete dump appears in this directory, for criu restore -D DIR without --stream",
+    ),
+    flag(
+        None,
+        "persist",
+        Some("[disk]"),
+        "cache: the images of the view are files, which outlive the cache; DIR has to be on a tmpfs, or =disk is said",
+    ),
+    flag(None, "timeout", Some("SECONDS"), "wait: for how long (default: without end; at least 1)"),
+    flag(None, "ready", None, "wait: for the sockets of a daemon, not for a dump"),
     flag(Some('d'), "daemon", None, "go into the background once the sockets accept"),
     flag(None, "pidfile", Some("FILE"), "write the process id there (relative to the work directory)"),
     flag(None, "status-fd", Some("FD"), "write a NUL byte there once the sockets accept, and close it"),
@@ -167,12 +194,15 @@ pub fn help() -> String {
          and when a daemon or a host has died in the middle of it, in the daemon's work directory:\n\n\
          \x20 criu-relay resolve [-W DIR]                              says what is known, and what can be done\n\
          \x20 criu-relay resolve commit|rollback [SESSION] [-W DIR]    the copy runs, or the source\n\n\
+         and where a script has to know when the dump is there, for a view:\n\n\
+         \x20 criu-relay wait [-D DIR] [--timeout SECONDS] [--ready]   0: it is complete\n\n\
          OPTIONS\n",
     );
     for flag in FLAGS {
         let short = flag.short.map_or("    ".into(), |letter| format!("-{letter}, "));
         let value = match flag.value {
-            Some("[N]") => "[=N]".into(),
+            // An optional value is attached.
+            Some(value) if value.starts_with('[') => value.replacen('[', "[=", 1),
             Some(value) => format!(" {value}"),
             None => String::new(),
         };

@@ -13,7 +13,7 @@ use std::time::Duration;
 use lexopt::prelude::*;
 
 pub use flags::{BACKGROUND, FLAGS, Flag, help};
-use values::{arg_error, choose, descriptor, level, seconds, size};
+use values::{arg_error, choose, descriptor, level, persist, prepare, seconds, size};
 
 use crate::peer::allow::Allowed;
 use crate::peer::{Choice, Protocol};
@@ -78,6 +78,8 @@ pub struct Options {
     pub memory_limit: Option<u64>,
     /// Where they go beyond that.
     pub spill_dir: Option<PathBuf>,
+    /// Where the images of a complete dump appear.
+    pub view: Option<View>,
     /// Go into the background.
     pub daemon: bool,
     /// This is the process in the background.
@@ -92,6 +94,24 @@ pub struct Options {
     pub verbosity: u8,
 }
 
+/// Images as a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Whether they outlive the daemon; None: they are links to its memory.
+    pub persist: Option<Persist>,
+}
+
+/// Where images that outlive the daemon may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Persist {
+    /// In memory only.
+    Tmpfs,
+    /// On a disk too.
+    Disk,
+}
+
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
@@ -99,6 +119,8 @@ pub enum Command {
     Run(Box<Options>),
     /// What is to be done with a session that its daemons can't decide.
     Resolve(Resolve),
+    /// To return when something has come.
+    Wait(Wait),
     /// Text for stdout.
     Print(String),
 }
@@ -112,6 +134,19 @@ pub struct Resolve {
     pub session: Option<String>,
     /// Where its record is.
     pub work_dir: PathBuf,
+    /// How much is said.
+    pub verbosity: u8,
+}
+
+/// A valid command line of `criu-relay wait`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Where the socket of the daemon is.
+    pub images_dir: PathBuf,
+    /// For how long; None: without end.
+    pub timeout: Option<Duration>,
+    /// For a daemon, not for a dump.
+    pub ready: bool,
     /// How much is said.
     pub verbosity: u8,
 }
@@ -137,6 +172,9 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
     let (mut for_proxy, mut for_daemon) = (None, None);
     let (mut resolve, mut decision, mut session) = (false, None, None);
     let (mut memory_limit, mut spill_dir) = (None, None);
+    let (mut view, mut persisted) = (None, None);
+    let (mut wait, mut timeout, mut ready) = (false, None, false);
+    let (mut for_wait, mut not_for_wait) = (None, None);
     let mut pidfile = None;
     let mut status_fd = None;
     let mut log_file = None;
@@ -144,16 +182,18 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
 
     while let Some(arg) = parser.next()? {
         let long = match &arg {
-            Value(value) if verb.is_none() && !resolve => {
+            Value(value) if verb.is_none() && !resolve && !wait => {
                 verb = match value.to_str() {
                     Some("proxy" | "image-proxy") => Some(Verb::Proxy),
                     Some("cache" | "image-cache") => Some(Verb::Cache),
-                    Some("resolve") => None,
+                    Some("resolve" | "wait") => None,
                     _ => {
-                        return Err(format!("'{}' is not proxy, cache or resolve", value.display()).into());
+                        let value = value.display();
+                        return Err(format!("'{value}' is not proxy, cache, resolve or wait").into());
                     }
                 };
-                resolve = verb.is_none();
+                wait = value == "wait";
+                resolve = verb.is_none() && !wait;
                 continue;
             }
             Value(value) if resolve && decision.is_none() => {
@@ -184,6 +224,7 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
             "commit"
                 | "confirm-timeout"
                 | "restore-timeout"
+                | "prepare-timeout"
                 | "reconnect"
                 | "replay-buffer"
                 | "leave-running"
@@ -196,6 +237,11 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
         }
         if !matches!(long, "work-dir" | "verbosity") {
             for_daemon = Some(long);
+        }
+        match long {
+            "timeout" | "ready" => for_wait = Some(long),
+            "images-dir" | "verbosity" => {}
+            _ => not_for_wait = Some(long),
         }
         match long {
             "images-dir" => images_dirs.push(PathBuf::from(parser.value()?)),
@@ -220,6 +266,8 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
             }
             "confirm-timeout" => policy.confirm_timeout = seconds(long, &parser.value()?)?,
             "restore-timeout" => policy.restore_timeout = seconds(long, &parser.value()?)?,
+            "prepare" => policy.prepare = prepare(long, &parser.value()?)?,
+            "prepare-timeout" => policy.prepare_timeout = seconds(long, &parser.value()?)?,
             "reconnect" => match parser.value()?.parse::<u32>()? {
                 0 => policy.reconnect = None,
                 seconds if seconds > RECONNECT_MAX => {
@@ -247,6 +295,10 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
                 bytes => memory_limit = Some(bytes),
             },
             "spill-dir" => spill_dir = Some(PathBuf::from(parser.value()?)),
+            "view" => view = Some(PathBuf::from(parser.value()?)),
+            "persist" => persisted = Some(persist(parser.optional_value())?),
+            "timeout" => timeout = Some(seconds(long, &parser.value()?)?),
+            "ready" => ready = true,
             "daemon" => daemon = true,
             "pidfile" => pidfile = Some(PathBuf::from(parser.value()?)),
             "status-fd" => status_fd = Some(descriptor(&parser.value()?)?),
@@ -266,18 +318,47 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
         let work_dir = work_dir.unwrap_or_else(|| PathBuf::from("."));
         return Ok(Command::Resolve(Resolve { decision, session, work_dir, verbosity }));
     }
-    let Some(verb) = verb else { return Err("proxy, cache or resolve has to be named".into()) };
+    if wait {
+        if let Some(long) = not_for_wait {
+            return Err(format!("--{long} is not for wait").into());
+        }
+        if images_dirs.len() > 1 {
+            return Err("wait takes one --images-dir".into());
+        }
+        let images_dir = images_dirs.pop().unwrap_or_else(|| PathBuf::from("."));
+        return Ok(Command::Wait(Wait { images_dir, timeout, ready, verbosity }));
+    }
+    let Some(verb) = verb else { return Err("proxy, cache, resolve or wait has to be named".into()) };
+    if let Some(long) = for_wait {
+        return Err(format!("--{long} is for wait").into());
+    }
     if verb == Verb::Proxy && !allow_peer.is_empty() {
         return Err("--allow-peer is for the cache: the proxy connects itself".into());
     }
     if let (Verb::Cache, Some(long)) = (verb, for_proxy) {
         return Err(format!("--{long} is for the proxy").into());
     }
+    if view.is_some() && consume {
+        return Err("--consume frees what a restore has read, which would be gone from the --view too".into());
+    }
     if verb == Verb::Proxy && consume {
         return Err("--consume is for the cache".into());
     }
     if verb == Verb::Proxy && spill_dir.is_some() && memory_limit.is_none() {
         return Err("--spill-dir is for what is beyond --memory-limit, which the proxy was not given".into());
+    }
+    if verb == Verb::Proxy && (view.is_some() || persisted.is_some()) {
+        return Err("--view and --persist are for the cache".into());
+    }
+    if view.is_none() && persisted.is_some() {
+        return Err("--persist is for the images of a --view, which was not given".into());
+    }
+    if view.is_some() && spill_dir.is_some() {
+        return Err(
+            "an image in a view is one file, and --spill-dir would have it in two: only one of --view and \
+                    --spill-dir"
+                .into(),
+        );
     }
     if policy.splice == Splice::Always && policy.choice == Choice::Only(Protocol::Seed) {
         return Err("--splice always needs the relay protocol, which --peer-protocol seed rules out".into());
@@ -329,6 +410,7 @@ fn parse_args(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexop
         consume,
         memory_limit,
         spill_dir,
+        view: view.map(|dir| View { dir, persist: persisted }),
         daemon,
         background,
         pidfile,

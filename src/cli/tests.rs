@@ -1,4 +1,5 @@
 use super::*;
+use crate::peer::Prepare;
 
 fn options(args: &str) -> Result<Options, String> {
     match parse(args.split_whitespace().map(OsString::from))? {
@@ -80,6 +81,18 @@ fn mistakes() {
         "cache --memory-limit 1.5G",
         "cache --memory-limit 99999999999G",
         "proxy --spill-dir /d",
+        "proxy --view /v",
+        "proxy --persist",
+        "cache --view",
+        "cache --persist",
+        "cache --persist=disk",
+        "cache --view /v --persist=tmpfs",
+        "cache --view /v --persist=",
+        "cache --view /v --persist disk",
+        "cache --view /v --spill-dir /d",
+        "cache --view /v --persist --spill-dir /d",
+        "cache --timeout 3",
+        "proxy --ready",
     ] {
         assert!(options(args).is_err(), "{args}");
     }
@@ -105,6 +118,60 @@ fn resolving() {
 }
 
 #[test]
+fn views() {
+    for (args, persist) in [
+        ("--view /v", None),
+        ("--view /v --persist", Some(Persist::Tmpfs)),
+        ("--persist=disk --view=/v", Some(Persist::Disk)),
+        ("--persist --view /v --memory-limit 1M --keep", Some(Persist::Tmpfs)),
+    ] {
+        let view = options(&format!("cache {args}")).unwrap().view;
+        assert_eq!(view, Some(View { dir: PathBuf::from("/v"), persist }), "{args}");
+    }
+    assert_eq!(options("cache").unwrap().view, None);
+    let why = options("cache --view /v --spill-dir /d").unwrap_err();
+    assert!(why.contains("an image in a view is one file"), "{why}");
+}
+
+#[test]
+fn waiting() {
+    let wait = |args: &str| match parse(args.split_whitespace().map(OsString::from)) {
+        Ok(Command::Wait(wait)) => {
+            let timeout = wait.timeout.map(|timeout| timeout.as_secs());
+            Ok((wait.images_dir, timeout, wait.ready, wait.verbosity))
+        }
+        Ok(other) => panic!("{other:?}"),
+        Err(why) => Err(why),
+    };
+    let dir = PathBuf::from;
+    assert_eq!(wait("wait"), Ok((dir("."), None, false, 1)));
+    assert_eq!(wait("wait -D /a --timeout 3 -v"), Ok((dir("/a"), Some(3), false, 2)));
+    assert_eq!(wait("--ready --images-dir /a wait"), Ok((dir("/a"), None, true, 1)));
+    for args in [
+        "wait x",
+        "wait cache",
+        "wait resolve",
+        "resolve wait",
+        "cache wait",
+        "wait -D",
+        "wait -D /a -D /b",
+        "wait -W /a",
+        "wait --timeout 0",
+        "wait --timeout 1.5",
+        "wait --timeout -1",
+        "wait --timeout",
+        "wait --ready=yes",
+        "wait --view /a",
+        "wait --keep",
+        "--port 3 wait",
+        "resolve --ready",
+        "resolve --timeout 3",
+    ] {
+        assert!(wait(args).is_err(), "{args}");
+    }
+}
+
+#[test]
 fn links_that_come_back() {
     for (args, reconnect, buffer) in [
         ("", None, 64 << 20),
@@ -117,6 +184,29 @@ fn links_that_come_back() {
         let policy = options(&format!("proxy {args}")).unwrap().policy;
         assert_eq!(policy.reconnect, reconnect.map(Duration::from_secs), "{args}");
         assert_eq!(policy.replay_buffer, buffer, "{args}");
+    }
+}
+
+#[test]
+fn memory_that_is_prepared() {
+    for (args, prepare) in [
+        ("", Prepare::Auto),
+        ("--prepare auto", Prepare::Auto),
+        ("--prepare off", Prepare::Off),
+        ("--prepare 0", Prepare::Off),
+        ("--prepare 3G", Prepare::Size(3 << 30)),
+    ] {
+        for verb in ["proxy", "cache"] {
+            assert_eq!(options(&format!("{verb} {args}")).unwrap().policy.prepare, prepare, "{verb} {args}");
+        }
+    }
+    let timeout = |args| options(args).map(|options| options.policy.prepare_timeout);
+    assert_eq!(timeout("proxy"), Ok(Duration::from_secs(30)));
+    assert_eq!(timeout("proxy --prepare-timeout 5"), Ok(Duration::from_secs(5)));
+    for args in
+        ["cache --prepare-timeout 5", "proxy --prepare-timeout 0", "proxy --prepare", "cache --prepare on"]
+    {
+        assert!(options(args).is_err(), "{args}");
     }
 }
 
@@ -134,12 +224,18 @@ fn every_flag_of_the_table_is_understood() {
             "memory-limit" => "1M",
             _ => "3",
         };
-        let verb =
-            if matches!(flag.long, "allow-peer" | "consume" | "spill-dir") { "cache" } else { "proxy" };
-        let mut args = vec![verb.to_string(), format!("--{}", flag.long)];
+        let verb = match flag.long {
+            "allow-peer" | "consume" | "spill-dir" | "view" => "cache",
+            "persist" => "cache --view /v",
+            "timeout" | "ready" => "wait",
+            _ => "proxy",
+        };
+        let mut args: Vec<_> = verb.split_whitespace().map(String::from).collect();
+        args.push(format!("--{}", flag.long));
         match flag.value {
-            Some("[N]") | None => {}
+            Some(value) if value.starts_with('[') => {}
             Some(_) => args.push(value.into()),
+            None => {}
         }
         assert!(parse(args.into_iter().map(OsString::from)).is_ok(), "--{}", flag.long);
     }

@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use lexopt::prelude::*;
 
+use super::Persist;
+use crate::peer::Prepare;
+
 /// One of several words.
 pub fn choose<T: Copy>(long: &str, value: &OsString, choices: &[(&str, T)]) -> Result<T, lexopt::Error> {
     match choices.iter().find(|(name, _)| value.to_str() == Some(name)) {
@@ -44,6 +47,25 @@ pub fn size(long: &str, value: &OsString) -> Result<u64, lexopt::Error> {
     })
 }
 
+/// How much memory is to be written beforehand.
+pub fn prepare(long: &str, value: &OsString) -> Result<Prepare, lexopt::Error> {
+    match value.to_str() {
+        Some("auto") => Ok(Prepare::Auto),
+        Some("off") => Ok(Prepare::Off),
+        _ => match size(long, value) {
+            Ok(0) => Ok(Prepare::Off),
+            Ok(bytes) => Ok(Prepare::Size(bytes)),
+            Err(_) => {
+                let value = value.display();
+                Err(format!(
+                    "--{long} is auto, off, or a number of bytes, perhaps with K, M or G behind it, not '{value}'"
+                )
+                .into())
+            }
+        },
+    }
+}
+
 /// The number of an open descriptor.
 pub fn descriptor(value: &OsString) -> Result<i32, lexopt::Error> {
     match value.to_str().and_then(|text| text.parse().ok()) {
@@ -61,6 +83,17 @@ pub fn level(before: u8, value: Option<OsString>) -> Result<u8, lexopt::Error> {
         }
         Some(text) => text.parse().map_err(|_| format!("-v takes a number, not '{text}'").into()),
         None => Err("-v takes a number".into()),
+    }
+}
+
+/// --persist, --persist=disk.
+pub fn persist(value: Option<OsString>) -> Result<Persist, lexopt::Error> {
+    match value {
+        None => Ok(Persist::Tmpfs),
+        Some(value) if value == "disk" => Ok(Persist::Disk),
+        Some(value) => {
+            Err(format!("--persist takes nothing or disk (--persist=disk), not '{}'", value.display()).into())
+        }
     }
 }
 
