@@ -29,13 +29,14 @@ def options():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=None, help="start no run after so many")
     parser.add_argument("--resolve", choices=["restart", "resolve"], default=None, help="instead of both in turn")
+    parser.add_argument("--view", action="store_true", help="with --view DIR --persist at the cache")
     parser.add_argument("--keep", action="store_true", help="keep the directories of all runs")
     for name in ("--relay", "--criu", "--tools"):
         parser.add_argument(name, required=True, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def child(paths, directory, commit, seed, fault, phase, way, out):
+def child(paths, directory, commit, seed, fault, phase, view, way, out):
     """In a process of its own: one run."""
     # Python turns SIGINT into an exception; SIGTERM is to be another, so that the run cleans up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -43,7 +44,7 @@ def child(paths, directory, commit, seed, fault, phase, way, out):
     procs.die_with_parent()
     sys.setswitchinterval(0.0005)
     try:
-        result = migration.Run(directory, paths, commit, seed, fault, phase).go(way)
+        result = migration.Run(directory, paths, commit, seed, fault, phase, view).go(way)
     except (Exception, KeyboardInterrupt) as error:
         with open(os.path.join(directory, "harness.log"), "w") as file:
             traceback.print_exc(file=file)
@@ -71,12 +72,13 @@ class Harness:
         directory = os.path.join(self.base, f"run-{number}")
         os.mkdir(directory, 0o700)
         back, out = os.pipe()
-        way = self.args.resolve or ("restart", "resolve")[number % 2]
+        # Of images that outlive their cache the next one decides.
+        way = self.args.resolve or ("restart" if self.args.view else ("restart", "resolve")[number % 2])
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                child(self.paths, directory, self.args.commit, seed, fault, phase, way, out)
+                child(self.paths, directory, self.args.commit, seed, fault, phase, self.args.view, way, out)
                 status = 0
             finally:
                 os._exit(status)
@@ -103,7 +105,8 @@ class Harness:
         bad = first in BAD or last in BAD or open_
         print(f"{number:4} seed {seed} {fault:26} {phase:10} hit {hit:10} {came:24} {result.get('took', 0):4.1f} s {result['why']}"[:170].rstrip(), flush=True)
         if bad:
-            again = (f"tests/harness/run.sh --commit {self.args.commit} --runs 1 --seed {seed} --fault {fault} --phase {phase} "
+            view = " --view" if self.args.view else ""
+            again = (f"tests/harness/run.sh --commit {self.args.commit}{view} --runs 1 --seed {seed} --fault {fault} --phase {phase} "
                      f"--resolve {way}")
             self.bad.append((came, directory, again))
             print(f"     {directory}\n     {again}", flush=True)
@@ -111,8 +114,9 @@ class Harness:
             shutil.rmtree(directory)
 
     def run(self):
-        plan = scenario.plan(self.args.commit, self.args.runs, self.seed, self.args.fault, self.args.phase)
-        print(f"{len(plan)} runs with --commit {self.args.commit}, seed {self.seed}, {self.args.jobs} at a time", flush=True)
+        plan = scenario.plan(self.args.commit, self.args.runs, self.seed, self.args.fault, self.args.phase,
+                             self.args.view)
+        print(f"{len(plan)} runs with --commit {self.args.commit}{' --view' if self.args.view else ''}, seed {self.seed}, {self.args.jobs} at a time", flush=True)
         begin = time.monotonic()
         plan = list(enumerate(plan))
         try:
@@ -134,7 +138,7 @@ class Harness:
         self.table(time.monotonic() - begin)
 
     def table(self, took):
-        order = [name for name, _, _ in scenario.PHASES[self.args.commit]] + ["-", "missed"]
+        order = [name for name, _, _ in scenario.phases(self.args.commit, self.args.view)] + ["-", "missed"]
         print("\nphase x fault -> outcomes")
         rows = sorted({(hit, fault) for hit, fault, _ in self.counts},
                       key=lambda row: (order.index(row[0]), row[1]))
@@ -160,6 +164,13 @@ class Harness:
               f"{total['halved']} halved, {total['broken']} broken (no outcome)")
         for came, directory, again in self.bad:
             print(f"{came}: {directory}\n    {again}")
+        if self.is_stuck():
+            print("nothing has ever moved, so nothing was tried. CRIU says why: tests/harness/run.sh --runs 1 --fault none --keep")
+
+    def is_stuck(self):
+        """A source that can't be dumped here is never lost, and never runs twice. Two thirds of all runs move."""
+        moved = any("destination" in came for _, _, came in self.counts)
+        return not moved and self.done >= 10 and self.args.phase is None and self.args.fault in (None, "none")
 
 
 def main():
@@ -173,7 +184,7 @@ def main():
     finally:
         if not any(harness.bad) and not harness.args.keep:
             shutil.rmtree(harness.base, ignore_errors=True)
-    sys.exit(1 if harness.bad else 0)
+    sys.exit(1 if harness.bad or harness.is_stuck() else 0)
 
 
 main()

@@ -12,6 +12,7 @@ import link
 import outcome
 import procs
 import scenario
+import view
 
 PATIENCE = outcome.PATIENCE
 STEP = 0.001
@@ -47,6 +48,9 @@ class Daemon:
         name = f"{self.verb}-{self.starts}"
         self.logs.append(Log(self.run.path(name + ".log")))
         argv = [self.run.paths.relay, self.verb, "-v2", "-D", self.run.path(self.verb), *self.args]
+        step = self.run.step(self.starts) if self.verb == "cache" else None
+        if step is not None:
+            argv = [os.path.join(self.run.paths.tools, "steps"), str(step), "cache-", *argv]
         self.pid = self.run.family.start(argv, name + ".log", name + ".out")
         self.run.until(lambda: "is ready in" in self.text() or self.has_ended(), f"{name} that is ready")
 
@@ -60,11 +64,12 @@ class Daemon:
         return self.pid in self.run.family.ended
 
 
-class Run(outcome.Outcome):
+class Run(outcome.Outcome, view.View):
     """The source is this process's own UTS namespace; each restore has a host of its own (host.c)."""
 
-    def __init__(self, directory, paths, commit, seed, fault, phase):
+    def __init__(self, directory, paths, commit, seed, fault, phase, with_view):
         self.directory, self.paths, self.commit = directory, paths, commit
+        self.phases = scenario.phases(commit, with_view)
         self.fault, self.phase, self.seed = fault, phase, seed
         self.rng = random.Random(f"{seed} {commit} {fault} {phase}")
         self.family = procs.Family(directory)
@@ -77,6 +82,7 @@ class Run(outcome.Outcome):
         self.notes = []
         self.hit = "-"
         self.proxy = self.cache = None
+        self.prepare_view(with_view)
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -93,10 +99,14 @@ class Run(outcome.Outcome):
         if self.link.error:
             raise outcome.Broken(f"the middleman: {self.link.error!r}")
         now = time.monotonic()
-        for due, what, undo in [item for item in self.to_undo if item[0] <= now]:
-            self.to_undo.remove((due, what, undo))
-            self.note(what)
-            undo()
+        for item in [item for item in self.to_undo if item[0] <= now]:
+            # What is undone may look, too.
+            if item in self.to_undo:
+                self.to_undo.remove(item)
+                _, what, undo = item
+                self.note(what)
+                undo()
+        self.look_after()
 
     def until(self, event, what, within=PATIENCE, must=True):
         deadline = time.monotonic() + within
@@ -132,7 +142,7 @@ class Run(outcome.Outcome):
         self.note(f"seed {self.seed}, {self.commit}, {self.fault} in {self.phase}; the link delays by {delay * 1000:.0f} ms")
         self.link.start()
 
-        self.cache = Daemon(self, "cache", ["--port", "0"])
+        self.cache = Daemon(self, "cache", ["--port", "0", *self.view_args()])
         self.start_cache()
         timeouts = [*self.paths.more, "--connect-timeout", str(scenario.CONNECT_TIMEOUT), "--confirm-timeout", str(scenario.CONFIRM_TIMEOUT)]
         self.proxy = Daemon(self, "proxy", ["--port", str(self.link.port), "--commit", self.commit, *timeouts])
@@ -144,7 +154,8 @@ class Run(outcome.Outcome):
         about_restore = self.fault.endswith("-restore") or self.fault.endswith("-restore-script")
         if (early or about_restore) and not (self.fault.endswith("-restore-script") and self.phase == "idle"):
             self.start_restore()
-            self.until(lambda: self.cache.said("a restore has announced itself") or self.restore_ended()
+            waits = "the action script: wait" if self.view else "a restore has announced itself"
+            self.until(lambda: self.cache.said(waits) or self.restore_ended()
                        or self.fault == "no-restore-script" and self.waits_unannounced(), "restore that waits")
         self.until(lambda: self.proxy.said("connected to"), "link")
         self.until(lambda: self.board.running() == {0: board.ACTORS}, "tree that runs")
@@ -174,10 +185,14 @@ class Run(outcome.Outcome):
         # The first only: what an operator starts later has none of these faults.
         if number == 1 and self.fault == "no-restore-script":
             args = []
-        elif number == 1 and self.fault == "script-fails-post-restore":
+        elif number == 1 and self.fault in ("script-fails-post-restore", "step-restore-fails"):
             args += self.script("fails-on-the-destination", "post-restore")
-        argv = [os.path.join(self.paths.tools, "host"), f"destination-{number}", status, self.paths.criu, "restore",
-                "--stream", "-D", self.path("cache"), "-v4", "-o", f"restore-{number}.log", *args]
+        if self.view:
+            command = self.view_restore(number, args)
+        else:
+            command = [self.paths.criu, "restore", "--stream", "-D", self.path("cache"), "-v4", "-o", f"restore-{number}.log",
+                       *args]
+        argv = [os.path.join(self.paths.tools, "host"), f"destination-{number}", status, *command]
         pid = self.family.start(argv, f"restore-{number}.out")
 
         def pids():
@@ -202,7 +217,7 @@ class Run(outcome.Outcome):
 
     def start_dump(self):
         args = ["--action-script", self.paths.relay]
-        if self.fault in ("script-fails-post-dump", "lost-rolled-back"):
+        if self.fault in ("script-fails-post-dump", "lost-rolled-back", "step-rolled-back"):
             # They run in reverse order, and this one is to run when ours has agreed.
             args = self.script("fails-on-the-source", "post-dump") + args
         elif self.fault == "leave-running":
@@ -217,17 +232,20 @@ class Run(outcome.Outcome):
     def now_in(self):
         """The phase, by what the daemons have logged."""
         found = "idle"
-        for name, verb, words in scenario.PHASES[self.commit]:
+        for name, verb, words in self.phases:
             if verb and getattr(self, verb).said(words):
                 found = name
         return found
 
     def has_begun(self, phase):
-        at = [name for name, _, _ in scenario.PHASES[self.commit]].index(phase)
-        return any(verb is None or getattr(self, verb).said(words) for _, verb, words in scenario.PHASES[self.commit][at:])
+        at = [name for name, _, _ in self.phases].index(phase)
+        return any(verb is None or getattr(self, verb).said(words) for _, verb, words in self.phases[at:])
 
     def script_of(self, criu):
-        return next((pid for pid in procs.children(criu) if procs.comm(pid) == "criu-relay"), None) if criu else None
+        # A shell that is going to be CRIU waits for the dump.
+        if not criu or procs.comm(criu) == "sh":
+            return None
+        return next((pid for pid in procs.children(criu) if procs.comm(pid) == "criu-relay"), None)
 
     def target(self, who):
         criu = self.hosts[-1][1] if self.hosts else None
@@ -243,7 +261,9 @@ class Run(outcome.Outcome):
     def all_over(self):
         """Nothing can bring the phase that is waited for any more."""
         failed = self.family.ended.get(self.dump, 0) != 0
-        return failed or self.dump_over() and (self.proxy.has_ended() or self.cache.has_ended())
+        # A proxy that has ended well has released it: the restore goes on.
+        lost = self.family.ended.get(self.proxy.pid, 0) != 0
+        return failed or self.dump_over() and (lost or self.cache.has_ended())
 
     def strike(self):
         """Waits for the phase, and a little more; then comes the fault."""
@@ -282,7 +302,7 @@ class Run(outcome.Outcome):
         self.start_dump()
         if not self.hosts:
             # When the dump is under way, or is stored, or is over.
-            if self.rng.random() < 0.5:
+            if self.rng.random() < 0.5 or self.phase in ("restoring", "made", "after"):
                 self.start_restore()
 
     def wait(self, seconds):
@@ -339,16 +359,17 @@ class Run(outcome.Outcome):
             if not self.hosts and self.family.ended.get(self.dump) == 0 and not self.cache.has_ended():
                 self.start_restore()
             self.rest()
+            how = "direct" if self.restore_directly() else ""
             first, why = self.outcome()
             self.note(f"{first} {why}")
-            last, how = first, ""
+            last = first
             if self.is_open(first):
                 how = self.resolve(way)
                 last, more = self.outcome()
                 if self.paths.knows_resolve and self.is_open(last):
                     last += " (open)"
                 self.note(f"then, by {how or 'nothing'}: {last} {more}")
-            if self.link.cut_at:
+            if self.link.cut_at or self.steps and not self.died:
                 self.hit = "missed"
             return {"phase": self.hit, "took": time.monotonic() - begin, "first": first, "last": last, "why": why, "how": how}
         finally:
@@ -356,6 +377,7 @@ class Run(outcome.Outcome):
 
     def finish(self):
         self.family.end()
+        self.finish_view()
         if self.link:
             self.link.stop()
             if self.link.error:

@@ -101,6 +101,8 @@ class Outcome:
             return self.held()
         host, actors = running.popitem()
         where = "source" if host == 0 else "destination"
+        if host != 0:
+            self.wait_for_pages()
         if actors < board.ACTORS:
             self.note_tasks()
             if host != 0 and self.cache.has_ended() and self.stopped_copies() and not self.tree_lives():
@@ -136,10 +138,12 @@ class Outcome:
             return "held", "the source: " + " ".join(f"{pid} is {procs.state(pid)}" for pid in tree)
         if self.has_images():
             return "held", "the cache has its images"
+        if self.in_view():
+            return "held", f"the view has the images: {self.in_view()}"
         copy = self.copy_pids()
         if copy and all(procs.state(pid) in "Tt" for pid in copy):
             return "held", "a copy is stopped"
-        if self.has_let_go() and self.fault in ("kill-cache", "kill-both") and self.commit == "stored":
+        if self.has_let_go() and self.fault in ("kill-cache", "kill-both") and self.commit == "stored" and not self.view:
             return "lost (admitted)", ""
         return "lost", ""
 
@@ -160,12 +164,16 @@ class Outcome:
     def is_open(self, outcome):
         """Whether nothing runs, or a program waits for a word, or a copy that nobody wants stands there."""
         if outcome.startswith("source"):
-            return self.has_images() or bool(self.stopped_copies())
+            return self.has_images() or bool(self.stopped_copies()) or bool(self.in_view())
+        # Nobody else is to make another copy; of one that was made without its script the cache has not heard.
+        if outcome.startswith("destination") and not self.is_direct and self.fault != "no-restore-script":
+            return bool(self.in_view())
         return outcome == "held"
 
     def resolve(self, way):
         """What an operator does; the name of it, or None: nothing can be done."""
         tree, done = self.tree_lives(), []
+        self.direct = False
         # Nothing holds it any more: CRIU is dead, and it has been stopped by whoever has killed that.
         for pid in tree:
             if procs.state(pid) == "T" and self.dump_over():
@@ -174,17 +182,24 @@ class Outcome:
         if self.paths.knows_resolve:
             done.append(way)
             if way == "restart":
-                if self.cache.has_ended():
-                    self.start_cache()
-                if self.proxy.has_ended():
-                    self.proxy.start()
+                self.start_daemons()
             else:
                 self.operator("rollback" if tree else "commit")
             self.rest()
+            # A cache that was killed once more meanwhile was not heard.
+            if way == "restart" and self.died > 1 and self.proxy.has_ended():
+                self.start_daemons()
+                self.rest()
         if not self.board.running() and not self.tree_lives() and self.can_restore_again():
             self.restore_again()
             done.append("restore")
         return "+".join(done)
+
+    def start_daemons(self):
+        if self.cache.has_ended():
+            self.start_cache()
+        if self.proxy.has_ended():
+            self.proxy.start()
 
     def can_restore_again(self):
         """The images are there and wait for a restore, and none is there."""
@@ -199,10 +214,7 @@ class Outcome:
             self.note(f"resolve {verdict} in {verb}: exit {self.family.ended[pid]}")
 
     def restore_again(self):
-        # What the first has left lies in the way.
-        if self.hosts:
-            procs.send(self.hosts[-1][0], signal.SIGKILL)
-            self.until(lambda: self.hosts[-1][3] in self.family.ended, "end of the destination's processes")
+        self.end_host()
         self.note("the restore is started again")
         self.start_restore()
         self.until(lambda: (self.board.running() or {}) != {} or self.restore_ended(), "copy", within=10, must=False)

@@ -2,7 +2,7 @@
 # The fault harness: see README.md beside it.
 #
 #     tests/harness/run.sh [--commit stored|restored] [--runs N] [--seed S] [--fault NAME] [--phase NAME]
-#                          [--jobs N] [--seconds N] [--keep]
+#                          [--jobs N] [--seconds N] [--view] [--keep]
 #
 # Exit status: 0 nothing was lost and nothing ran twice; 77 CRIU can't run here; anything else is a failure.
 set -euo pipefail
@@ -30,4 +30,5 @@ tools=$PWD/target/harness
 mkdir -p "$tools"
 cc -O2 -Wall -pthread -o "$tools/ticker" "$here/ticker.c"
 cc -O2 -Wall -o "$tools/host" "$here/host.c"
+cc -O2 -Wall -o "$tools/steps" "$here/steps.c"
 exec python3 "$here/harness.py" --relay "$relay" --criu "$PWD/target/criu/criu" --tools "$tools" "$@"

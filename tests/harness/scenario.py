@@ -24,9 +24,24 @@ PHASES = {
     ],
 }
 
+# With --view there is a CRIU on the destination only when there is something to restore.
+VIEW_PHASES = {
+    "stored": PHASES["stored"][:4] + [
+        ("published", "cache", "released by its source"),
+        ("restoring", "cache", "a restore has announced itself"),
+        ("made", "cache", "the copy has been restored"),
+        ("after", "cache", "the restore has succeeded"),
+    ],
+    "restored": PHASES["restored"][:3] + [
+        ("published", "cache", "the dump is stored"),
+        ("restoring", "cache", "a restore has announced itself"),
+    ] + PHASES["restored"][4:],
+}
+
 # About how long each lasts, in seconds, and how often something goes over the link meanwhile.
 LENGTH = {
-    "idle": 0.1, "dumping": 0.05, "held": 0.003, "confirmed": 0.005, "restoring": 0.08, "made": 0.01,
+    "idle": 0.1, "dumping": 0.05, "held": 0.003, "confirmed": 0.005, "published": 0.06, "restoring": 0.08,
+    "made": 0.01,
     "prepared": 0.003, "after": 0.1,
 }
 
@@ -50,13 +65,24 @@ SHORT, LONG = 1.0, 4.5
 CONNECT_TIMEOUT, CONFIRM_TIMEOUT, RESTORE_TIMEOUT = 2, 3, 3
 
 
-def faults(commit):
-    return MOVING + (STATIC_RESTORED if commit == "restored" else STATIC)
+def phases(commit, view):
+    return (VIEW_PHASES if view else PHASES)[commit]
 
 
-def phases_of(fault, commit):
+def faults(commit, view):
+    names = MOVING + (STATIC_RESTORED if commit == "restored" else STATIC)
+    if view:
+        # What a view is for. Without a script, its copy runs at once, as the manual says.
+        names = names + ["step-cache"] * 3 + ["step-rolled-back", "step-restore-fails"] + ["kill-cache"] * 5
+        names = [name for name in names if name != "no-restore-script" or commit == "stored"]
+    return names
+
+
+def phases_of(fault, commit, view=False):
     """When a fault can come."""
-    names = [name for name, _, _ in PHASES[commit]]
+    names = [name for name, _, _ in phases(commit, view)]
+    if fault.startswith("step-"):
+        return ["steps"]
     if fault not in MOVING:
         return ["-"]
     who = fault.partition("-")[2]
@@ -66,7 +92,10 @@ def phases_of(fault, commit):
     if who == "source-script":
         return [name for name in names[:names.index("confirmed")] if name != "dumping"]
     if who == "restore-script":
-        return [name for name in names if name in ("idle", "restoring", "made")]
+        # A view's restore is a CRIU only when it has begun.
+        return [name for name in names if name in ("published" if view else "idle", "restoring", "made")]
+    if who == "restore" and view:
+        return names[names.index("published"):]
     if who == "proxy" or who == "both":
         # It ends when it has been answered.
         return names[:-1]
@@ -75,14 +104,14 @@ def phases_of(fault, commit):
     return names
 
 
-def plan(commit, runs, seed, fault=None, phase=None):
+def plan(commit, runs, seed, fault=None, phase=None, view=False):
     """So many runs: (seed, fault, phase). A run is made of these three and nothing else."""
-    phases, static = {}, []
-    for name in faults(commit):
-        for when in phases_of(name, commit):
+    moving, static = {}, []
+    for name in faults(commit, view):
+        for when in phases_of(name, commit, view):
             if fault in (None, name) and phase in (None, when):
-                (static if when == "-" else phases.setdefault(when, [])).append(name)
-    if not phases and not static:
+                (static if when == "-" else moving.setdefault(when, [])).append(name)
+    if not moving and not static:
         raise SystemExit(f"there is no fault {fault or '(any)'} in a phase {phase or '(any)'} with {commit}: see README.md")
     rng = random.Random(seed)
 
@@ -94,8 +123,8 @@ def plan(commit, runs, seed, fault=None, phase=None):
             yield from (name for name in names if fault or not is_long(name) or rng.random() < 0.34)
 
     # Every phase as often as every other, whatever can happen in it; and in one run of ten none.
-    order = rounds(list(phases)) if phases else None
-    within = {when: rounds(names) for when, names in phases.items()}
+    order = rounds(list(moving)) if moving else None
+    within = {when: rounds(names) for when, names in moving.items()}
     static = rounds(static) if static else None
     out = []
     while len(out) < runs:

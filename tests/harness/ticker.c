@@ -165,6 +165,7 @@ int main(int argc, char **argv)
 	if (argc != 4)
 		return 2;
 	setsid();
+	close_range(3, ~0U, 0); /* what a caller's caller left open could not be dumped */
 	fd = open(argv[1], O_RDWR);
 	if (fd < 0)
 		die(argv[1]);
