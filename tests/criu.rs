@@ -251,6 +251,9 @@ fn a_signal_while_the_proxy_has_the_only_copy() {
 
 const SCRIPT: [&str; 2] = ["--action-script", env!("CARGO_BIN_EXE_criu-relay")];
 
+/// For a cache that stands still before anything is dumped: it would be waited for at `pre-dump`.
+const UNASKED: [&str; 4] = ["--connect-timeout", "1", "--prepare", "off"];
+
 /// A migration whose restore waits already.
 struct Scripted {
     copy: Restore,
@@ -259,7 +262,7 @@ struct Scripted {
 
 impl Scripted {
     fn new(test: &str, workload: &[&str], proxy: &[&str]) -> Option<Self> {
-        let m = Migration::with(test, workload, &[], proxy)?;
+        let m = Migration::with(test, workload, &["-v3"], proxy)?;
         let copy = m.bench.restore_with(&SCRIPT);
         let mut this = Self { copy, m };
         this.m.cache.logs("a restore has announced itself");
@@ -298,6 +301,9 @@ fn a_scripted_migration() {
     s.m.check_exits();
     assert_eq!(s.copy.process.ended(), None);
     assert!(s.m.proxy.has_logged("(4 processes)") && s.m.proxy.has_logged("confirmed and released"));
+    for action in ["pre-stream", "pre-restore", "post-restore", "pre-resume"] {
+        assert!(s.m.cache.has_logged(&format!("the action script: {action}")), "{action}");
+    }
     assert!(s.m.cache.has_logged("the restore has succeeded: its action script says so"));
     assert_eq!(s.m.bench.images_on_disk(), 0);
 }
@@ -322,7 +328,7 @@ fn a_scripted_restore_whose_pid_is_taken() {
 #[test]
 fn a_cache_that_is_killed_half_way() {
     let test = "a_cache_that_is_killed_half_way";
-    let Some(mut s) = Scripted::new(test, &["--tree", "--heap", "64"], &["--connect-timeout", "1"]) else {
+    let Some(mut s) = Scripted::new(test, &["--tree", "--heap", "64"], &UNASKED) else {
         return;
     };
     s.m.cache.process.signal(Signal::STOP);
@@ -337,7 +343,7 @@ fn a_cache_that_is_killed_half_way() {
 #[test]
 fn a_cache_that_is_killed_at_post_dump() {
     let test = "a_cache_that_is_killed_at_post_dump";
-    let Some(mut s) = Scripted::new(test, &["--tree"], &["--connect-timeout", "1"]) else { return };
+    let Some(mut s) = Scripted::new(test, &["--tree"], &UNASKED) else { return };
     s.m.cache.process.signal(Signal::STOP);
     let mut dump = s.m.bench.dump_with(&s.m.workload, &SCRIPT);
     s.m.proxy.logs("CRIU is held until the cache has confirmed everything");
@@ -402,7 +408,7 @@ fn left_running_with_leave() {
 // A source that is left running scribbles over its memory while what was dumped is still in the sockets. What the
 // copy says of its memory.
 fn scribbled(test: &str, proxy: &[&str], scripted: bool) -> Option<String> {
-    let mut m = Migration::with(test, &["--heap", "1"], &[], proxy)?;
+    let mut m = Migration::with(test, &["--heap", "1"], &[], &[&UNASKED[2..], proxy].concat())?;
     m.cache.process.signal(Signal::STOP);
     let args = if scripted { &SCRIPT[..] } else { &[] };
     let mut dump = m.bench.dump_with(&m.workload, &[args, &["--leave-running"]].concat());

@@ -1,5 +1,6 @@
 #!/bin/bash
-# Makes a real CRIU that runs here: the executable target/criu/criu.
+# Makes a real CRIU that runs here: the executable target/criu/criu. Beside it is target/criu/crit, the tool
+# that shows images; where that can't be had, it says so and exits 77.
 #
 # Debian 12's criu does not start on recent kernels and Debian 13 has none, so unless the machine
 # has a working one (3.19 or newer) this takes Debian unstable's with all its libraries, its own
@@ -13,6 +14,7 @@ umask 022
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 dir=$top/target/criu
 criu=$dir/criu
+crit=$dir/crit
 apt=$dir/apt
 root=$dir/root
 
@@ -33,19 +35,24 @@ mkdir -p "$dir"
 exec 9>"$dir/lock"
 flock 9
 
-if [[ -x $criu ]] && new_enough "$criu"; then
+if [[ -x $criu && -x $crit ]] && new_enough "$criu"; then
     exit 0
 fi
 
 [[ $(id -u) == 0 ]] || skip "CRIU needs root, and this is user $(id -u)."
 
-rm -rf "$root" "$apt" "$criu"
+rm -rf "$root" "$apt" "$criu" "$crit"
 
-# install_wrapper: makes the wrapper on standard input target/criu/criu, all at once.
+# install_wrapper PROGRAM: makes the wrapper on standard input that program, all at once.
 install_wrapper() {
-    cat >"$criu.new"
-    chmod 755 "$criu.new"
-    mv "$criu.new" "$criu"
+    cat >"$1.new"
+    chmod 755 "$1.new"
+    mv "$1.new" "$1"
+}
+
+# no_crit WHY: the rest does not depend on it.
+no_crit() {
+    printf '#!/bin/sh\necho "crit: %s" >&2\nexit 77\n' "$1" | install_wrapper "$crit"
 }
 
 # prove: the last word, whichever criu it is. Sets $why when it fails.
@@ -62,8 +69,13 @@ prove() {
 }
 
 if system=$(type -P criu) && new_enough "$system"; then
-    printf '#!/bin/sh\nexec "%s" "$@"\n' "$system" | install_wrapper
+    printf '#!/bin/sh\nexec "%s" "$@"\n' "$system" | install_wrapper "$criu"
     if prove; then
+        if system=$(type -P crit); then
+            printf '#!/bin/sh\nexec "%s" "$@"\n' "$system" | install_wrapper "$crit"
+        else
+            no_crit "none is installed beside criu."
+        fi
         exit 0
     fi
 fi
@@ -169,6 +181,12 @@ mapfile -t packages < <(
 (( ${#packages[@]} > 0 )) || skip "Debian unstable has no criu for this machine's architecture."
 (cd "$apt/cache/archives" && run_apt apt-get -q download criu "${packages[@]}") ||
     skip "downloading criu from Debian unstable failed: $(complaint)"
+# All Python, and so is its protobuf, if it is told so: the machine's own Python can run it.
+if ! type -P python3 >/dev/null; then
+    why_no_crit="there is no python3 here."
+elif ! (cd "$apt/cache/archives" && run_apt apt-get -q download python3-pycriu python3-protobuf); then
+    why_no_crit="downloading it from Debian unstable failed: $(complaint)"
+fi
 for package in "$apt"/cache/archives/*.deb; do
     dpkg-deb --extract "$package" "$root"
 done
@@ -187,7 +205,7 @@ libs=$(find "$root" -name '*.so*' -printf '%h\n' | grep -E '/lib(64)?(/[^/]*-lin
     echo '#!/bin/sh'
     echo "root=\$(dirname \"\$(readlink -f \"\$0\")\")/root"
     echo "exec \"\$root/$loader\" --library-path \"$(sed 's#^#$root/#' <<<"$libs" | paste -sd :)\" \"\$root/$binary\" \"\$@\""
-} | install_wrapper
+} | install_wrapper "$criu"
 missing=$("$root/$loader" --library-path "$(sed "s#^#$root/#" <<<"$libs" | paste -sd :)" --list "$root/$binary" |
     awk '/not found/ { print $1 }' || true)
 if [[ -n $missing ]]; then
@@ -196,3 +214,15 @@ if [[ -n $missing ]]; then
 fi
 
 prove || skip "Debian unstable's criu does not work on kernel $(uname -r): $why"
+
+if [[ -n ${why_no_crit-} ]]; then
+    no_crit "$why_no_crit"
+else
+    install_wrapper "$crit" <<'CRIT'
+#!/bin/sh
+root=$(dirname "$(readlink -f "$0")")/root
+export PYTHONPATH="$root/usr/lib/python3/dist-packages" PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python
+exec python3 -B -m crit "$@"
+CRIT
+    "$crit" --help >/dev/null 2>&1 || no_crit "this python3 can't run Debian unstable's: $("$crit" --help 2>&1 | tail -n 1 || true)"
+fi

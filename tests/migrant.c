@@ -2,7 +2,7 @@
  * The process that the tests migrate: it keeps state of many kinds and can tell at any time whether
  * all of it is still right.
  *
- *     migrant DIR [--tree] [--heap MIB] [--tcp]
+ *     migrant DIR [--tree] [--heap MIB] [--tcp] [--job]
  *
  * DIR/ready appears when everything is set up and holds the pid. Whenever DIR/ask appears, it is
  * removed, everything is checked, and DIR/answer appears:
@@ -11,6 +11,9 @@
  *
  * When DIR/scribble appears, it is removed, the root's heap is overwritten, which is wrong from then on, and
  * DIR/scribbled appears. When DIR/grow appears, it is removed, the root takes 64 MiB more, and DIR/grown appears.
+ *
+ * With --job it is a job, as of a shell: the process that was started leads a session, and its child is what
+ * moves, in a process group of its own. The leader ends when that child has ended, and in the same way.
  *
  * Files in DIR are opened only for that moment: none is open when CRIU comes, unless by bad luck.
  * Standard input, output and error are the caller's business (give it /dev/null).
@@ -37,6 +40,7 @@
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -545,11 +549,36 @@ static void furnish(void)
 			die("pthread_create");
 }
 
+/*
+ * Goes on in a child, a job of the caller's session. Its leader is not moved, but CRIU must see it: that of the
+ * session that we came from may be outside of our PID namespace.
+ */
+static void become_job(void)
+{
+	pid_t job = fork();
+	int status;
+
+	if (job < 0)
+		die("fork");
+	if (!job) {
+		if (setpgid(0, 0))
+			die("setpgid");
+		return;
+	}
+	while (waitpid(job, &status, 0) < 0)
+		if (errno != EINTR)
+			die("waitpid");
+	if (WIFEXITED(status))
+		_exit(WEXITSTATUS(status));
+	kill(getpid(), WTERMSIG(status)); /* what has ended our child ends us too */
+	_exit(1);
+}
+
 int main(int argc, char **argv)
 {
-	const char *usage = "usage: migrant DIR [--tree] [--heap MIB] [--tcp]\n";
+	const char *usage = "usage: migrant DIR [--tree] [--heap MIB] [--tcp] [--job]\n";
 	size_t mib = 1;
-	int with_tcp = 0, waiting;
+	int with_tcp = 0, with_leader = 0, waiting;
 	struct timespec now;
 
 	if (argc < 2 || !realpath(argv[1], dir)) {
@@ -561,15 +590,20 @@ int main(int argc, char **argv)
 			processes = TREE;
 		else if (!strcmp(argv[i], "--tcp"))
 			with_tcp = 1;
+		else if (!strcmp(argv[i], "--job"))
+			with_leader = 1;
 		else if (!strcmp(argv[i], "--heap") && i + 1 < argc)
 			mib = strtoul(argv[++i], NULL, 10);
 		else
 			return fputs(usage, stderr), 2;
 	}
-	setsid(); /* fails when the caller has done it */
+	if (setsid() < 0 && with_leader) /* without: the caller has done it */
+		die("setsid");
 	close_range(3, ~0U, 0); /* what a caller's caller left open could not be restored */
 	if (chdir("/"))
 		die("/");
+	if (with_leader)
+		become_job();
 	clock_gettime(CLOCK_REALTIME, &now);
 	seed = (uint64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 

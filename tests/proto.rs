@@ -31,8 +31,16 @@ fn text(number: i32) -> Vec<u8> {
     format!("field {number} \u{e4}").into_bytes()
 }
 
+/// The values of a repeated field, which is packed.
+const NUMBERS: [u64; 3] = [u64::MAX, 0, 300];
+
 fn sample(file: &FileDescriptorProto, field: &FieldDescriptorProto) -> Value {
     match field.r#type() {
+        Type::Uint64 if field.label() == Label::Repeated => {
+            let mut packed = Vec::new();
+            NUMBERS.iter().for_each(|number| put_varint(&mut packed, *number));
+            Value::Bytes(packed)
+        }
         Type::Message => Value::Bytes(put_together(file, message(file, referred(file, field)), None)),
         Type::String | Type::Bytes => Value::Bytes(text(field.number())),
         // All ones: a signed or a zigzag field would have other bytes.
@@ -136,6 +144,7 @@ fn control() -> Vec<Derived> {
                 (4, "tasks", Type::Uint32),
                 (5, "memory", Type::Uint64),
                 (6, "stays", Type::Uint32),
+                (7, "sizes", Type::Uint64),
             ],
             ControlRequest {
                 major: Some(u32::MAX),
@@ -144,6 +153,7 @@ fn control() -> Vec<Derived> {
                 tasks: Some(u32::MAX),
                 memory: Some(u64::MAX),
                 stays: Some(u32::MAX),
+                sizes: NUMBERS.to_vec(),
             },
         ),
         derived(
@@ -200,6 +210,9 @@ fn criu() -> Vec<Derived> {
 }
 
 macro_rules! value {
+    (Numbers $number:literal) => {
+        NUMBERS.to_vec()
+    };
     (Uint32 $number:literal) => {
         u32::MAX
     };
@@ -211,6 +224,15 @@ macro_rules! value {
     };
     ($text:ident $number:literal) => {
         text($number)
+    };
+}
+
+macro_rules! kind {
+    (Numbers) => {
+        Type::Uint64
+    };
+    ($type:ident) => {
+        Type::$type
     };
 }
 
@@ -231,7 +253,7 @@ macro_rules! frame {
             };
             let mut all = vec![$(derived(
                 stringify!($message),
-                &[$(($number, stringify!($field), Type::$type)),*],
+                &[$(($number, stringify!($field), kind!($type))),*],
                 $in_frame(),
             )),*];
             all.push(choice(
@@ -252,7 +274,7 @@ frame! {
     2 data Data { id: Uint64 = 1, length: Uint32 = 2, pad: Bytes = 3 }
     3 close Close { id: Uint64 = 1, size: Uint64 = 2 }
     4 abort Abort { id: Uint64 = 1 }
-    5 prepare Prepare { bytes: Uint64 = 1 }
+    5 prepare Prepare { bytes: Uint64 = 1, sizes: Numbers = 2 }
     6 finished Finished { images: Uint64 = 1, bytes: Uint64 = 2 }
     7 release Release { session: Bytes = 1 }
     8 rollback Rollback { session: Bytes = 1 }
@@ -415,7 +437,11 @@ fn the_proto_is_as_the_table_says() {
             for field in &message.field {
                 // What a later minor version has added may be absent.
                 let added = name == "ControlRequest" && matches!(field.name(), "memory" | "stays");
-                let label = if added { Label::Optional } else { label };
+                let label = match field.name() {
+                    "sizes" => Label::Repeated,
+                    _ if added => Label::Optional,
+                    _ => label,
+                };
                 assert_eq!(field.label(), label, "{name}.{}", field.name());
                 assert!(field.default_value.is_none() && !field.proto3_optional());
                 assert_eq!(field.oneof_index, message.oneof_decl.first().map(|_| 0));
@@ -458,6 +484,7 @@ fn zero_is_absent_in_proto3_only() {
                 let (zero, absent) = match field.r#type() {
                     // Whether an empty one is there makes a difference: which it is.
                     Type::Message => (Value::Bytes(Vec::new()), false),
+                    _ if field.label() == Label::Repeated => (Value::Bytes(Vec::new()), true),
                     Type::String | Type::Bytes => (Value::Bytes(Vec::new()), syntax == "proto3"),
                     _ => (Value::Varint(0), syntax == "proto3"),
                 };

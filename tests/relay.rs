@@ -348,7 +348,7 @@ fn old_peers_are_not_taken_where_the_relay_protocol_is_needed() {
     }
     let mut cache = Daemon::cache(&["--peer-protocol", "relay"]);
     let mut peer = OldProxy::connect(&cache);
-    peer.send(&stream("core-1.img"), b"the core");
+    peer.header(&stream("core-1.img"), WriteMode::Append, 8);
     assert_closed(&mut peer.0);
     cache.wait_log("speaks the seed protocol, which --peer-protocol relay does not allow");
     let mut ours = FakeProxy::connect(&cache);

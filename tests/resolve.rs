@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
@@ -15,8 +16,9 @@ use common::*;
 use criu_relay::cli::Verb::{self, Cache, Proxy};
 use criu_relay::client::control::{Control, Controlled};
 use criu_relay::net;
-use criu_relay::record::{Identity, Record, State, Task};
+use criu_relay::record::{Identity, Kept, Record, State, Task};
 use criu_relay::script::socket_name;
+use criu_relay::session::Commit;
 use criu_relay::sockets::lock_dir;
 use criu_relay::wire::control::Action;
 use rustix::process::{Pid, Signal, kill_process};
@@ -372,7 +374,7 @@ fn daemon(left: &Left, args: &str, action: Action, errno: u32, text: &str) -> (i
     assert!(listed.contains(&format!("criu-relay cache, process {}, lives", record.daemon.pid)), "{listed}");
     let child = left.command(args).spawn().unwrap();
     wait_until("it connects", || net::is_readable(socket.as_fd()));
-    let mut control = Control::new(socket.accept().unwrap().0.into(), Instant::now());
+    let mut control = Control::new(socket.accept().unwrap().0.into(), false, Instant::now());
     let mut request = None;
     wait_until("it asks", || match control.step(&mut [0; 1 << 14]).unwrap() {
         Controlled::Request(got) => request.replace(got).is_none(),
@@ -539,4 +541,224 @@ fn a_daemon_that_takes_over_is_waited_for() {
     let (status, _, err) = end(child.wait_with_output().unwrap());
     assert!(status == 1 && err.contains("decided the other way"), "{err}");
     assert!(one.lives() && one.is_stopped());
+}
+
+/// The view of a cache that is gone, with three images, as `--persist` leaves them while their source decides.
+struct Images(Dir);
+
+impl Images {
+    fn withheld(record: &mut Record, commit: Commit) -> Self {
+        let dir = Dir::new();
+        for name in ["pages-1.img", "pstree.img", &format!(".inventory.img.{}", record.session_hex())] {
+            fs::write(dir.join(name), name.as_bytes()).unwrap();
+        }
+        let bytes = ("pages-1.img".len() + "pstree.img".len() + ".inventory.img.".len() + 32) as u64;
+        record.kept = Some(Kept { dir: dir.0.clone(), commit, images: 3, bytes });
+        Self(dir)
+    }
+
+    fn shown(record: &mut Record) -> Self {
+        let images = Self::withheld(record, Commit::Restored);
+        fs::rename(images.hidden(record), images.0.join("inventory.img")).unwrap();
+        images
+    }
+
+    fn hidden(&self, record: &Record) -> PathBuf {
+        self.0.join(&format!(".inventory.img.{}", record.session_hex()))
+    }
+
+    fn names(&self) -> Vec<String> {
+        let names =
+            fs::read_dir(&self.0.0).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+}
+
+const ALL: [&str; 3] = ["inventory.img", "pages-1.img", "pstree.img"];
+
+#[test]
+fn images_that_were_kept_are_committed() {
+    let left = Left::new();
+    let mut record = record(Cache, State::Stored, &[]);
+    let images = Images::withheld(&mut record, Commit::Stored);
+    left.store(&record);
+    let dir = images.0.0.display();
+    let said = left.says("");
+    for part in [
+        "The images are stored, and outlive their cache".to_string(),
+        format!("Its images: 3 files, 68 bytes, in {dir}, their inventory.img is withheld"),
+        "resolve commit: lets the images be restored".into(),
+        "resolve rollback: removes the images".into(),
+    ] {
+        assert!(said.contains(&part), "{part}\nis not in\n{said}");
+    }
+    let said = left.says("commit");
+    assert!(
+        said.contains("can be restored: 3 files") && said.contains(&format!("--view {dir} --persist")),
+        "{said}"
+    );
+    assert_eq!((left.state(Cache), images.names()), (State::Released, ALL.map(String::from).to_vec()));
+    let said = left.says("");
+    assert!(
+        said.contains("criu restore can begin from there") && said.contains("the source is dead"),
+        "{said}"
+    );
+    // Had we died before they were shown, the same word shows them.
+    fs::rename(images.0.join("inventory.img"), images.hidden(&record)).unwrap();
+    assert!(left.says("commit").contains("decided already"));
+    assert_eq!(images.names(), ALL);
+    left.refuses("rollback", "decided the other way");
+    // Somebody has restored them, and has removed them.
+    fs::remove_file(images.0.join("inventory.img")).unwrap();
+    assert!(left.says("").contains("without inventory.img"));
+    left.refuses("commit", "are not in");
+    ALL[1..].iter().for_each(|name| fs::remove_file(images.0.join(name)).unwrap());
+    assert!(left.says("").contains("None of its images is in"));
+}
+
+#[test]
+fn images_that_were_kept_are_rolled_back() {
+    for commit in [Commit::Stored, Commit::Restored] {
+        let left = Left::new();
+        let mut record = record(Cache, State::Stored, &[]);
+        // With commit restored a restore may have been told to begin.
+        let images = match commit {
+            Commit::Stored => Images::withheld(&mut record, commit),
+            Commit::Restored => Images::shown(&mut record),
+        };
+        fs::write(images.0.join("notes"), "mine").unwrap();
+        fs::create_dir(images.0.join("other.img")).unwrap();
+        left.store(&record);
+        let said = left.says("rollback");
+        assert!(said.contains("The images are removed: 3 files"), "{said}");
+        assert_eq!(images.names(), ["notes", "other.img"]);
+        left.refuses("rollback", "no session is open");
+        // Had we died in between, the same word does the rest.
+        record.state = State::RolledBack;
+        left.store(&record);
+        assert!(left.says("rollback").contains("None of the images was there"));
+        assert!(Record::load_all(&left.0.0, None).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn images_of_somebody_else_are_left_alone() {
+    let left = Left::new();
+    let mut record = record(Cache, State::Stored, &[]);
+    let images = Images::withheld(&mut record, Commit::Stored);
+    left.store(&record);
+    let before = images.names();
+    let refused = |why: &str| {
+        left.refuses("commit", why);
+        left.refuses("rollback", why);
+        assert_eq!(left.state(Cache), State::Stored);
+    };
+    // Others than were stored.
+    fs::write(images.0.join("core-1.img"), "").unwrap();
+    refused("are not those of the session");
+    fs::remove_file(images.0.join("core-1.img")).unwrap();
+    // Another session's.
+    let other = images.0.join(".inventory.img.000102030405060708090a0b0c0d0e0f");
+    fs::write(&other, "").unwrap();
+    refused("belongs to another session");
+    assert!(left.says("").contains("can't be looked at"));
+    fs::remove_file(&other).unwrap();
+    // A cache with another work directory has them.
+    let socket = UnixListener::bind(images.0.join(socket_name(Cache))).unwrap();
+    refused("a cache runs with --view");
+    drop(socket);
+    fs::set_permissions(&images.0.0, fs::Permissions::from_mode(0o777)).unwrap();
+    refused("writable by others");
+    fs::set_permissions(&images.0.0, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::remove_file(images.0.join(socket_name(Cache))).unwrap();
+    assert_eq!(images.names(), before);
+    // The directory went with the host: there is nothing to be restored.
+    fs::rename(&images.0.0, images.0.0.with_extension("gone")).unwrap();
+    left.refuses("commit", "are not in");
+    assert!(left.says("").contains("None of its images is in"));
+    fs::rename(images.0.0.with_extension("gone"), &images.0.0).unwrap();
+    left.says("commit");
+}
+
+#[test]
+fn a_source_that_can_be_seen_from_here() {
+    let left = Left::new();
+    let mut source = Process::running();
+    let mut record = record(Cache, State::Stored, &[]);
+    let images = Images::withheld(&mut record, Commit::Stored);
+    let mut proxy = self::record(Proxy, State::Allowed, &[&source]);
+    proxy.session = record.session;
+    left.store(&record);
+    left.store(&proxy);
+    let before = images.names();
+    left.refuses("commit cache", "of the source lives, so that two would run");
+    assert!(source.lives() && images.names() == before);
+    proxy.state = State::RolledBack;
+    left.store(&proxy);
+    left.refuses("commit cache", "says that the source runs");
+    // So it is of a copy.
+    let copy = Process::stopped();
+    let ready = Record { tasks: vec![Task { who: copy.1, stays: false }], kept: None, ..record.clone() };
+    left.store(&Record { state: State::Prepared, ..ready });
+    left.refuses("commit cache", "says that the source runs");
+    assert!(copy.is_stopped());
+    left.store(&record);
+    proxy.state = State::Allowed;
+    left.store(&proxy);
+    source.kill();
+    left.says("commit cache");
+    assert_eq!(images.names(), ALL);
+}
+
+#[test]
+fn a_copy_and_its_images() {
+    // It is whole: it runs, and nobody makes another.
+    let left = Left::new();
+    let mut one = Process::stopped();
+    let mut record = prepared(&[&one]);
+    let images = Images::shown(&mut record);
+    left.store(&record);
+    assert!(left.says("").contains("continues the copy; where it is not whole any more"));
+    left.says("commit");
+    wait_until("it runs", || !one.is_stopped());
+    assert_eq!(images.names(), ALL[1..]);
+    assert!(left.says("commit").contains("decided already"));
+    assert!(one.lives());
+
+    // It is not: another can be made, when nothing of it is left.
+    for state in [State::Prepared, State::Made] {
+        let left = Left::new();
+        let (mut one, dead) = (Process::stopped(), Process::dead());
+        let tasks: &[&Process] = if state == State::Made { &[&one] } else { &[&one, &dead] };
+        let mut record = self::record(Cache, state, tasks);
+        let images = Images::withheld(&mut record, Commit::Restored);
+        left.store(&record);
+        let said = left.says("commit");
+        assert!(said.contains("1 process was killed") && said.contains("can be restored"), "{said}");
+        assert!(!one.lives());
+        assert_eq!((left.state(Cache), images.names()), (State::Released, ALL.map(String::from).to_vec()));
+        assert!(left.says("-v").contains("no process is known"));
+    }
+
+    // It was released, and is dead: CRIU had not let it run.
+    let left = Left::new();
+    let mut record = self::record(Cache, State::Released, &[&Process::dead()]);
+    let images = Images::shown(&mut record);
+    left.store(&record);
+    assert!(left.says("commit").contains("The images can be restored (it was decided already"));
+    assert_eq!(images.names(), ALL);
+
+    // The source runs: neither is left.
+    let left = Left::new();
+    let mut one = Process::stopped();
+    let mut record = prepared(&[&one]);
+    let images = Images::shown(&mut record);
+    left.store(&record);
+    let said = left.says("rollback");
+    assert!(said.contains("1 process was killed") && said.contains("are removed"), "{said}");
+    assert!(!one.lives() && images.names().is_empty());
+    assert_eq!(left.state(Cache), State::RolledBack);
+    assert!(left.says("rollback").contains("decided already"));
 }

@@ -677,7 +677,7 @@ fn a_cache_that_knows_no_restored() {
 fn a_tree_that_the_cache_has_no_memory_for() {
     for (limit, fits) in [(4096, false), (1 << 40, true)] {
         let cache = FakeCache::new();
-        let mut proxy = Daemon::proxy(cache.port, &RESTORED);
+        let mut proxy = Daemon::proxy(cache.port, &[&RESTORED[..], &["--prepare", "off"]].concat());
         let _held = accept(&cache, |welcome| (welcome.memory_limit, welcome.restore_waits) = (limit, true));
         proxy.wait_log("relay protocol");
         let source = Source::new();

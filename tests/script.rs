@@ -60,7 +60,7 @@ impl Socket {
 
     fn accept(&self) -> Control {
         wait_ready(self.0.as_fd());
-        Control::new(self.0.accept().unwrap().0.into(), Instant::now())
+        Control::new(self.0.accept().unwrap().0.into(), false, Instant::now())
     }
 
     /// The next request, and where to answer.
@@ -187,6 +187,7 @@ fn each_action_has_its_daemon() {
     let tree = Tree::new(SMALL, 5);
     for (action, to, other, tasks) in [
         ("pre-dump", &proxy, &cache, 1),
+        ("pre-restore", &cache, &proxy, 0),
         ("post-restore", &cache, &proxy, 5),
         ("pre-resume", &cache, &proxy, 5),
     ] {
@@ -198,13 +199,46 @@ fn each_action_has_its_daemon() {
         assert_eq!(end(child), (Some(0), String::new()));
         assert!(other.is_left_alone());
     }
-    for action in ["commit", "rollback", "network-lock", "setup-namespaces", "post-resume", "", "new"] {
+    for action in ["commit", "rollback", "wait", "network-lock", "setup-namespaces", "post-resume", "", "new"]
+    {
         // Whatever stands in the environment.
         let status = output(action, Path::new("/nonexistent")).status.code();
         assert_eq!(status, Some(0), "{action}");
         assert_eq!(output(action, &dir.0).status.code(), Some(0), "{action}");
     }
     assert!(proxy.is_left_alone() && cache.is_left_alone());
+}
+
+// The root has a child of 8 MB, which has one of its own, a small one, and one of 40 MB.
+const UNEVEN: &str = "sh -c 'v=$(printf %8000000s x); echo $$; sleep 1000 & echo $!; wait' &
+    sleep 1000 & echo $!
+    sh -c 'v=$(printf %40000000s x); echo $$; sleep 1000 & echo $!; wait' &
+    echo $$
+    exec sleep 1000";
+
+#[test]
+fn pre_dump_says_how_large_each_page_image_will_be() {
+    let dir = Dir::new();
+    let socket = Socket::new(&dir, PROXY);
+    let tree = Tree::new(UNEVEN, 6);
+    // The small one is dead, and has not been waited for.
+    let root = tree.root();
+    let children = fs::read_to_string(format!("/proc/{root}/task/{root}/children")).unwrap();
+    let small = children.split_whitespace().nth(1).unwrap();
+    let stat = |pid: &str| fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    wait_until("the root waits for nobody", || stat(&root).contains("(sleep)"));
+    kill_process(Pid::from_raw(small.parse().unwrap()).unwrap(), Signal::KILL).unwrap();
+    wait_until("there is a zombie", || stat(small).contains(") Z "));
+    let child = script("pre-dump", &dir.0).env("CRTOOLS_INIT_PID", tree.root()).spawn().unwrap();
+    let (mut control, request) = socket.request();
+    // As CRIU goes through them: each before its children, what is dead not at all.
+    let [root, first, its_child, second, its_too] = request.sizes[..] else { panic!("{:?}", request.sizes) };
+    assert!((8_000_000..40_000_000).contains(&first), "{:?}", request.sizes);
+    assert!(second > 40_000_000 && root > 0 && its_child > 0, "{:?}", request.sizes);
+    assert!(root.max(its_child).max(its_too) < 8_000_000);
+    assert_eq!(request.memory, request.sizes.iter().sum());
+    control.reply(0, "").unwrap();
+    assert_eq!(end(child), (Some(0), String::new()));
 }
 
 #[test]
@@ -357,6 +391,7 @@ fn no_daemon_is_a_failure() {
         ("pre-stream", "proxy or cache"),
         ("pre-dump", "proxy"),
         ("post-dump", "proxy"),
+        ("pre-restore", "cache"),
         ("post-restore", "cache"),
         ("pre-resume", "cache"),
     ] {
@@ -414,7 +449,7 @@ fn only_criu_makes_a_script_of_it() {
     usage(
         Command::new(binary()).env_remove("CRTOOLS_SCRIPT_ACTION"),
         2,
-        "proxy, cache or resolve has to be named",
+        "proxy, cache, resolve or wait has to be named",
     );
     // With arguments it is a command line like any other.
     usage(script("pre-stream", Path::new("/")).arg("--nonsense"), 2, "--nonsense");
@@ -424,7 +459,7 @@ fn only_criu_makes_a_script_of_it() {
 
 fn pair() -> (UnixStream, Control) {
     let (client, daemon) = UnixStream::pair().unwrap();
-    (client, control::Control::new(daemon.into(), Instant::now()))
+    (client, control::Control::new(daemon.into(), false, Instant::now()))
 }
 
 fn myself() -> OwnedFd {
@@ -433,7 +468,7 @@ fn myself() -> OwnedFd {
 
 #[test]
 fn requests_that_are_wrong() {
-    let bytes = encode_request(Action::PostDump, 2, 0, 0);
+    let bytes = encode_request(Action::PostDump, 2, 0, 0, &[]);
     let wrong = |control: &mut Control, why: &str| {
         let said = step(control).unwrap_err();
         assert!(said.contains(why), "{said}");

@@ -7,6 +7,7 @@
 pub mod middleman;
 pub mod relay;
 pub mod script;
+pub mod view;
 
 use std::collections::HashMap;
 use std::fs::{self, File};

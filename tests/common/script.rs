@@ -265,8 +265,13 @@ pub struct FakeCriu {
 impl FakeCriu {
     /// At this daemon, with this tree.
     pub fn start(daemon: &Daemon, tree: &Source) -> Self {
+        Self::start_in(&daemon.dir.0, tree)
+    }
+
+    /// With this images directory.
+    pub fn start_in(dir: &Path, tree: &Source) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "fake_criu", "--nocapture"]).env("FAKE_CRIU", &daemon.dir.0);
+        command.args(["--exact", "fake_criu", "--nocapture"]).env("FAKE_CRIU", dir);
         command.env("CRTOOLS_INIT_PID", tree.0.id().to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
@@ -371,6 +376,12 @@ pub fn fake_criu() {
                 }
                 assert_eq!(inventory, b"the inventory");
                 assert!(restore.read("pages-1.img") == Some(pattern(300_000, 1)));
+                "0".into()
+            }
+            "read" => {
+                let read = |name| std::fs::read(dir.join(name)).unwrap();
+                assert_eq!(read("inventory.img"), b"the inventory");
+                assert!(read("pages-1.img") == pattern(300_000, 1));
                 "0".into()
             }
             "close" => {

@@ -2,12 +2,14 @@
 
 #![allow(dead_code)] // Each test file uses its part.
 
+pub mod namespace;
+
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -19,6 +21,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// Deadlines are for failures only, and the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(40);
+
+const OURS: &str = env!("CARGO_BIN_EXE_criu-relay");
 
 const STEP: Duration = Duration::from_millis(5);
 
@@ -87,17 +91,19 @@ pub fn free_port() -> u16 {
 pub struct Process {
     name: String,
     child: Child,
+    // The child's only child: the process that is meant. The child ends after it, and in the same way.
+    job: Option<Pid>,
 }
 
 impl Process {
     fn start(name: &str, command: &mut Command) -> Self {
         let child = command.stdin(Stdio::null()).spawn();
         let child = child.unwrap_or_else(|error| panic!("{name}: {command:?}: {error}"));
-        Self { name: name.into(), child }
+        Self { name: name.into(), child, job: None }
     }
 
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.job.map_or(self.child.id(), |job| job.as_raw_pid() as u32)
     }
 
     /// How it ended, if it has: the exit status, or the signal's number with a minus.
@@ -119,14 +125,21 @@ impl Process {
 
     pub fn signal(&mut self, signal: Signal) {
         assert_eq!(self.ended(), None, "{} has ended before {signal:?}", self.name);
-        kill_process(Pid::from_child(&self.child), signal).expect("a signal can be sent");
+        let pid = self.job.unwrap_or_else(|| Pid::from_child(&self.child));
+        kill_process(pid, signal).expect("a signal can be sent");
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         // Errors: it has ended already.
-        let _ = self.child.kill();
+        let _ = match self.job {
+            // The child waits for it. While the child is there, nobody else has its PID.
+            Some(job) if matches!(self.child.try_wait(), Ok(None)) => {
+                kill_process(job, Signal::KILL).map_err(io::Error::from)
+            }
+            _ => self.child.kill(),
+        };
         let _ = self.child.wait();
     }
 }
@@ -351,6 +364,11 @@ impl Bench {
         Some(Self { dir, programs, started: Cell::new(0), netns: None })
     }
 
+    /// A path in the test's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     fn dir(&self, host: Host) -> PathBuf {
         self.dir.join(match host {
             Host::Source => "source",
@@ -374,8 +392,12 @@ impl Bench {
     }
 
     fn daemon(&self, host: Host, name: &str, port: u16, args: &[&str]) -> Daemon {
+        self.daemon_by(self.command(host, OURS), host, name, port, args)
+    }
+
+    // The command ends up as ours.
+    fn daemon_by(&self, mut command: Command, host: Host, name: &str, port: u16, args: &[&str]) -> Daemon {
         let (log, file) = self.output(name);
-        let mut command = self.command(host, env!("CARGO_BIN_EXE_criu-relay"));
         command.args([name, "--port", &port.to_string(), "-v2", "-D"]).arg(self.dir(host)).args(args);
         let (_, printed) = self.output("stdout");
         let process = Process::start(name, command.stderr(file).stdout(printed));
@@ -386,12 +408,17 @@ impl Bench {
 
     pub fn cache(&self, args: &[&str]) -> Daemon {
         let mut cache = self.daemon(Host::Target, "cache", 0, args);
+        self.take_port(&mut cache);
+        cache
+    }
+
+    // The port that a cache prints which has just been started.
+    fn take_port(&self, cache: &mut Daemon) {
         let printed = self.dir.join(format!("{}-stdout.log", self.started.get()));
         cache.port = wait_for("port that the cache prints", PATIENCE, || {
             let printed = fs::read_to_string(&printed).expect("what the cache prints can be read");
             printed.strip_suffix('\n')?.rsplit_once(':')?.1.parse().ok()
         });
-        cache
     }
 
     pub fn cache_at(&self, port: u16, args: &[&str]) -> Daemon {
@@ -407,11 +434,11 @@ impl Bench {
         self.started_workload(self.command(Host::Source, &self.programs.workload), args)
     }
 
-    /// The same as a job of our session, which does not mind being hung up.
+    /// The same as a job of a session, which does not mind being hung up.
     pub fn job(&self, args: &[&str]) -> Process {
         let mut command = self.command(Host::Source, "nohup");
-        command.arg(&self.programs.workload).process_group(0);
-        self.started_workload(command, args)
+        command.arg(&self.programs.workload);
+        self.started_workload(command, &[args, &["--job"]].concat())
     }
 
     fn started_workload(&self, mut command: Command, args: &[&str]) -> Process {
@@ -420,7 +447,11 @@ impl Bench {
         let mut process = Process::start("the workload", &mut command);
         wait_for("workload that is ready", PATIENCE, || {
             assert_eq!(process.ended(), None, "the workload can't run here");
-            app.join("ready").exists().then_some(())
+            let ready = app.join("ready").exists();
+            if args.contains(&"--job") {
+                process.job = children(process.child.id()).first().and_then(|pid| Pid::from_raw(*pid as i32));
+            }
+            ready.then_some(())
         });
         process
     }
@@ -531,6 +562,13 @@ impl Bench {
         let mut command = self.command(Host::Source, &self.programs.criu);
         command.args(["dump", "--stream", "-v4", "-o", "dump.log", "-t", &workload.pid().to_string(), "-D"]);
         self.criu_output(command.arg(self.dir(Host::Source)).args(args), "dump")
+    }
+
+    /// `criu dump` into files, without us.
+    pub fn dump_to_files(&self, workload: &Process, dir: &Path) -> Process {
+        let mut command = self.command(Host::Source, &self.programs.criu);
+        command.args(["dump", "-v4", "-o", "dump.log", "-t", &workload.pid().to_string(), "-D"]).arg(dir);
+        self.criu_output(&mut command, "dump")
     }
 
     fn in_pid_namespace(&self) -> Command {
