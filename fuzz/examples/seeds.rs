@@ -115,10 +115,11 @@ fn control() -> Seeds {
             "stays",
             join(&[&stays(3, 1, 1), &with_criu, &byte, &[3, 0, 3], &anew, &stays(1, 7, 2), &with_criu]),
         ),
-        ("resolve", join(&[&request(0, 9, 0), &with_criu, &anew, &request(0, 10, 0), &with_criu])),
+        ("resolve", join(&[&request(0, 8, 0), &with_criu, &anew, &request(0, 9, 0), &with_criu])),
+        ("wait", join(&[&request(0, 10, 0), &with_criu, &anew, &request(0, 11, 0), &with_criu])),
         ("glued", join(&[&request(0, 4, 0), &byte, &with_criu])),
         ("versions", join(&[&request(1, 2, 0), &with_criu, &request(2, 2, 0), &with_criu])),
-        ("unknown", join(&[&request(0, 5, 0), &with_criu, &request(0, 8, 0), &with_criu])),
+        ("unknown", join(&[&request(0, 5, 0), &with_criu, &request(0, 12, 0), &with_criu])),
         ("limit", join(&[&request(9, 2, 0), &with_criu, &request(9, 2, 1), &with_criu, &batch])),
         ("replies", join(&[&[7, 5, 1, 0, 3], b"why", &[7, 0, 0, 0, 0], &[7, 1, 255, 3, 4], b"a\xc3\xa4b"])),
         ("reply", join(&[&[6, 7, 8, 5, 18, 3], b"why"])),
@@ -300,19 +301,25 @@ fn store() -> Seeds {
 }
 
 fn record() -> Seeds {
-    let lines = |numbers: [u8; 13]| {
-        let lines = numbers.into_iter().zip(0..).flat_map(|(number, which)| [1, which, number, 0]);
+    // A line of each key; a proxy has no view.
+    let lines = |numbers: &[u8], task: u8| {
+        let numbered = numbers.iter().copied().zip(0..).chain([(task, 15)]);
+        let lines = numbered.flat_map(|(number, which)| [1, which, number, 0]);
         [1].into_iter().chain(lines).collect::<Vec<u8>>()
     };
-    let cache = [0, 1, 7, 5, 1, 2, 3, 4, 0, 5, 1, 6, 9];
-    let proxy = [0, 0, 7, 2, 1, 2, 3, 4, 1, 5, 0, 6, 8];
+    let cache = [0, 1, 7, 5, 1, 2, 3, 4, 0, 5, 1, 6, 1, 9, 3];
+    let kept = [0, 1, 7, 8, 1, 2, 3, 4, 0, 5, 1, 6, 0, 8, 5];
+    let proxy = [0, 0, 7, 2, 1, 2, 3, 4, 1, 5, 0, 6];
     let text = "criu-relay record 1\nrole cache\nsession 000102030405060708090a0b0c0d0e0f\nstate prepared\nboot b-1\n\
                 pid-namespace 4026531836\ntime-namespace 4026531834\ndaemon 10 20\nimages-dir /a\\\\b\\nc\n\
-                leave-running no\npeer 10.0.0.1:9996\ncolour blue\ntask 12 7\ntask 13 8 stays\nend\n";
+                leave-running no\npeer 10.0.0.1:9996\nview /dev/shm/v\ncommit restored\nimages 12 67108864\n\
+                colour blue\ntask 12 7\ntask 13 8 stays\nend\n";
     vec![
-        ("cache", lines(cache)),
-        ("proxy", [lines(proxy), vec![1, 12, 7, 0, 0, 3, b'x', b' ', b'y']].concat()),
-        ("twice", [lines(proxy), vec![1, 4, 1, 0]].concat()),
+        ("cache", lines(&cache, 9)),
+        ("kept", lines(&kept, 9)),
+        ("kept-half", lines(&kept[..14], 9)),
+        ("proxy", [lines(&proxy, 8), vec![1, 15, 7, 0, 0, 3, b'x', b' ', b'y']].concat()),
+        ("twice", [lines(&proxy, 8), vec![1, 4, 1, 0]].concat()),
         ("file", [&b"\0"[..], text.as_bytes()].concat()),
         ("cut-off", [&b"\0"[..], &text.as_bytes()[..text.len() - 4]].concat()),
     ]

@@ -36,6 +36,7 @@ struct Said {
     tasks: usize,
     memory: u64,
     stays: usize,
+    sizes: Vec<u64>,
 }
 
 struct Connection {
@@ -53,7 +54,7 @@ fn request(body: &[u8]) -> Option<Said> {
     let action = Action::parse(&message.action?)?;
     // An older script says neither; and no more can stay stopped than there are.
     let (memory, stays) = (message.memory.unwrap_or(0), message.stays.unwrap_or(0).min(tasks) as usize);
-    known.then_some(Said { action, tasks: tasks as usize, memory, stays })
+    known.then_some(Said { action, tasks: tasks as usize, memory, stays, sizes: message.sizes })
 }
 
 impl Connection {
@@ -107,11 +108,12 @@ impl Connection {
         let fine = got.is_ok();
         match got {
             Ok(got) => {
-                let whole = got.as_ref().map(|Request { action, tasks, memory, stays, .. }| Said {
+                let whole = got.as_ref().map(|Request { action, tasks, memory, stays, sizes, .. }| Said {
                     action: *action,
                     tasks: tasks.len(),
                     memory: *memory,
                     stays: *stays,
+                    sizes: sizes.clone(),
                 });
                 assert_eq!(Ok(whole), expected, "received {input:?} with {fds} descriptors");
             }
@@ -136,7 +138,7 @@ fn said(error: &WireError) {
 }
 
 fn header(version: u8, action: u8, tasks: u16, stays: u8, memory: u16) -> Vec<u8> {
-    let actions: [&[u8]; 10] = [
+    let actions: [&[u8]; 12] = [
         b"pre-stream",
         b"pre-dump",
         b"post-dump",
@@ -147,11 +149,13 @@ fn header(version: u8, action: u8, tasks: u16, stays: u8, memory: u16) -> Vec<u8
         b"post-dump\0",
         b"commit",
         b"rollback",
+        b"pre-restore",
+        b"wait",
     ];
     frame::encode(&ControlRequest {
         major: [Some(1), Some(2), None][usize::from(version % 3)],
         minor: [Some(0), Some(7), None][usize::from(version / 3 % 3)],
-        action: actions.get(usize::from(action % 11)).map(|action| action.to_vec()),
+        action: actions.get(usize::from(action % 13)).map(|action| action.to_vec()),
         // The largest number of all is just beyond the limit, the next exactly on it.
         tasks: match version / 9 % 4 {
             0 => Some(tasks.into()),
@@ -162,6 +166,7 @@ fn header(version: u8, action: u8, tasks: u16, stays: u8, memory: u16) -> Vec<u8
         // Few, just any number, and the largest.
         stays: [None, Some(stays.into()), Some(u32::MAX)][usize::from(stays % 3)],
         memory: [None, Some(memory.into()), Some(u64::MAX - u64::from(memory))][usize::from(memory % 3)],
+        sizes: (0..memory % 5).map(|n| u64::from(memory) << (n * 12)).collect(),
     })
 }
 

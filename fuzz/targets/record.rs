@@ -8,10 +8,20 @@ use criu_relay_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
 
 fn line(which: u8, number: u16) -> String {
-    let words =
-        ["proxy", "cache", "asking", "allowed", "made", "prepared", "released", "rolled-back", "stored"];
+    let words = [
+        "proxy",
+        "cache",
+        "asking",
+        "allowed",
+        "made",
+        "prepared",
+        "released",
+        "rolled-back",
+        "stored",
+        "restored",
+    ];
     let word = words[usize::from(number) % words.len()];
-    match which % 13 {
+    match which % 16 {
         0 => FIRST.into(),
         1 => format!("role {word}"),
         2 => format!("session {:032x}", u128::from(number) << 100),
@@ -24,6 +34,9 @@ fn line(which: u8, number: u16) -> String {
         9 => format!("criu {number} 1"),
         10 => format!("leave-running {}", if number % 2 == 0 { "yes" } else { "no" }),
         11 => format!("peer {number}"),
+        12 => format!("view /{}", ["a", "\\n", "\\\\", "\\"][usize::from(number) % 4]),
+        13 => format!("commit {word}"),
+        14 => format!("images {number} {which}"),
         _ => format!("task {number} {which}{}", if number % 2 == 0 { "" } else { " stays" }),
     }
 }

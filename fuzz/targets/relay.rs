@@ -185,7 +185,10 @@ fn message(which: u8, n: u64, text: &[u8]) -> Kind {
     match which % 21 {
         0 => Kind::Close(relay::Close { id: n, size: n << 7 }),
         1 => Kind::Abort(relay::Abort { id: n }),
-        2 => Kind::Prepare(relay::Prepare { bytes: n }),
+        2 => Kind::Prepare(relay::Prepare::new(
+            n,
+            &text().iter().map(|size| n << (size % 32)).collect::<Vec<_>>(),
+        )),
         3 => Kind::Finished(relay::Finished { images: n, bytes: !n }),
         4 => Kind::Release(relay::Release { session: text() }),
         5 => Kind::Rollback(relay::Rollback { session: text() }),

@@ -1,6 +1,6 @@
 //! Bodies against a vector of bytes for each. Input: the budget of descriptors and the limit, with or without a
 //! spill file; then operations, each with the body it is about and, where it needs one, a length. Bodies that are
-//! gone are used on.
+//! gone are used on. Memory is written beforehand, and page images begin in it.
 #![no_main]
 
 use std::collections::HashSet;
@@ -8,7 +8,7 @@ use std::fs::{DirBuilder, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 
-use criu_relay::store::body::{End, INLINE_MAX};
+use criu_relay::store::body::{End, Filling, INLINE_MAX};
 use criu_relay::store::limit::is_full;
 use criu_relay::store::{Bodies, BodyId, Content, SpillFile};
 use criu_relay::wire::Key;
@@ -62,7 +62,8 @@ fn check(bodies: &Bodies, model: &Model) {
 
 // What the store counts is what its bodies take, and within the limit.
 fn count(bodies: &Bodies, models: &[Model], limit: Option<u64>) {
-    assert_eq!(bodies.used(), models.iter().map(|model| bodies.memory(model.id)).sum::<u64>());
+    let taken = models.iter().map(|model| bodies.memory(model.id)).sum::<u64>();
+    assert_eq!(bodies.used(), taken + bodies.pool());
     // A body that ends in a page which had been punched out counts it again at once.
     let again = models.iter().filter(|model| model.was_punched).count() * 4096;
     assert!(limit.is_none_or(|limit| bodies.used() <= limit + again as u64));
@@ -174,6 +175,19 @@ fuzz_target!(|data: &[u8]| {
                     model.punched = 0;
                 }
             }
+            7 if operation & 24 == 8 => {
+                let sizes: Vec<u64> = (0..which % 4).map(|_| length(&mut input) as u64 * 16).collect();
+                bodies.prepare(&sizes);
+            }
+            7 if operation & 24 == 16 => {
+                if matches!(bodies.fill_pool(), Filling::Stopped(_)) {
+                    assert!(!bodies.is_filling());
+                }
+            }
+            7 if operation & 24 == 24 => {
+                bodies.give_pool_back();
+                bodies.drain_pool();
+            }
             _ => {
                 bodies.settle(model.id);
                 let (a, b) = (length(&mut input), length(&mut input));
@@ -202,5 +216,7 @@ fuzz_target!(|data: &[u8]| {
     for model in &models {
         (0..model.holders).for_each(|_| bodies.release(model.id));
     }
-    assert_eq!((bodies.count(), bodies.used()), (0, 0));
+    bodies.give_pool_back();
+    while bodies.drain_pool() {}
+    assert_eq!((bodies.count(), bodies.used(), bodies.pool()), (0, 0, 0));
 });

@@ -178,7 +178,7 @@ impl Images {
     // The daemon was killed: what the next one finds in its work directory, and what it makes of it. `made`: the
     // restore that was at it had come far enough for a record of its tasks.
     fn starts_again(self, keep: bool, made: bool) -> (Sink, Self) {
-        let (mut sink, mut next) = (Sink::new(keep), Self::new(keep));
+        let (mut sink, mut next) = (Sink::new(keep, false), Self::new(keep));
         next.so_far = self.so_far;
         match (self.stored, self.decided) {
             (Some((id, Copy::Prepared)), _) => {
@@ -211,7 +211,7 @@ fn name(id: u8) -> [u8; 16] {
 
 #[expect(clippy::too_many_lines, reason = "an event each")]
 pub fn run(keep: bool, input: &mut Input) {
-    let (mut sink, mut images) = (Sink::new(keep), Images::new(keep));
+    let (mut sink, mut images) = (Sink::new(keep, false), Images::new(keep));
     assert_eq!(sink.keeps(), keep);
     // The session that is coming in, or that came in last.
     let mut session = 0_u8;
@@ -323,7 +323,7 @@ pub fn run(keep: bool, input: &mut Input) {
         }
         if ends {
             let so_far = images.so_far;
-            (sink, images) = (Sink::new(keep), Images::new(keep));
+            (sink, images) = (Sink::new(keep, false), Images::new(keep));
             images.so_far = so_far;
         }
         images.agrees(&sink);
