@@ -5,6 +5,7 @@ import argparse
 import ctypes
 import mmap
 import os
+import re
 import select
 import shutil
 import signal
@@ -155,6 +156,7 @@ class Run:
         self.bench = bench
         self.tmpfs = tmpfs
         self.started = []
+        self.mounted = []
 
     def __enter__(self):
         self.dir = tempfile.mkdtemp(prefix="criu-relay-bench-", dir="/dev/shm" if self.tmpfs else None)
@@ -168,7 +170,16 @@ class Run:
         for process in reversed(self.started):
             process.kill()
         reap_orphans()
+        for path in self.mounted:
+            subprocess.run(["umount", path], check=False, timeout=PATIENCE)
         shutil.rmtree(self.dir, ignore_errors=True)
+
+    def mount(self, path):
+        """A tmpfs of its own there, with large pages if they can be had."""
+        os.mkdir(path, 0o700)
+        command = ["mount", "-t", "tmpfs", "-o", "mode=700,size=90%,huge=always", "none", path]
+        if subprocess.run(command, stderr=subprocess.DEVNULL, check=False, timeout=PATIENCE).returncode == 0:
+            self.mounted.append(path)
 
     def helper(self, name, *args):
         return Process(self, name, [os.path.join(self.bench.helpers, name), *args])
@@ -190,8 +201,8 @@ class Run:
             process.port = int(process.line().rpartition(":")[2])
         return process
 
-    def pair(self, *proxy_args):
-        cache = self.daemon("cache", "--port", 0, "--keep")
+    def pair(self, *proxy_args, cache_args=()):
+        cache = self.daemon("cache", "--port", 0, "--keep", *cache_args)
         proxy = self.daemon("proxy", "--port", cache.port, "--keep", *proxy_args)
         return proxy, cache
 
@@ -240,7 +251,7 @@ class Bench:
         self.verbose = options.verbose
         self.rows = []
         help_text = subprocess.run([self.relay, "--help"], capture_output=True, text=True, timeout=10).stdout
-        self.has = {name: f"--{name}" in help_text for name in ("splice", "retain", "commit")}
+        self.has = {name: f"--{name}" in help_text for name in ("splice", "retain", "commit", "prepare")}
         # An action that nobody acts on ends with 0 where the program is an action script.
         env = {**os.environ, "CRTOOLS_SCRIPT_ACTION": "post-resume"}
         probe = subprocess.run([self.relay], env=env, capture_output=True, timeout=10)
@@ -462,18 +473,52 @@ class Bench:
         self.figure(name, f"{value:.1f} ms", "at most 20 ms", value <= 20)
 
     def group_standstill(self):
-        """a real process: ours, criu page-server, tar"""
+        """a real process: ours in every way, criu page-server, tar"""
         criu = Criu(self)
-        need_memory(self.heap * MIB * 4 + GIB)
-        # What is promised here holds for fresh memory: nobody prepares any for anybody.
+        need_memory(self.heap * MIB * 5 + GIB)
+        # What is promised here holds for fresh memory: nobody but ours touches any beforehand.
         self.cold = True
-        ours, server, tar = [], [], []
+        # On one machine, whoever restores when the source is dead gets the memory that it has left. So do the others;
+        # with commit restored, the default, nobody does, which matters to all but the lazy restore.
+        ways = {
+            "unprepared, --stream": (self.stored, {"prepare": "off"}, 1.0),
+            "prepared, --stream": (self.stored, {}, 0.65),
+            "prepared, view": (self.stored, {"view": "plain"}, 0.5),
+            "prepared, view, lazy": ((), {"view": "lazy"}, 0.2),
+            "lazy, commit stored": (self.stored, {"view": "lazy"}, None),
+        }
+        ours, server, tar = {way: [] for way in ways}, [], []
         for _ in range(self.rounds):
-            ours.append(criu.relay(self.heap)["standstill"])
+            for way, (args, how, _) in ways.items():
+                ours[way].append(criu.relay(self.heap, *args, **how)["standstill"])
             server.append(criu.page_server(self.heap))
             tar.append(criu.tar(self.heap))
-        self.ratio(f"standstill{self.note}, {self.heap} MiB / criu page-server", ours, server, " s", most=1.0)
-        self.ratio(f"standstill{self.note}, {self.heap} MiB / tar over TCP", ours, tar, " s", most=0.5)
+        for way, (_, _, most) in ways.items():
+            if most is not None:
+                self.ratio(f"standstill, {self.heap} MiB, {way} / criu page-server", ours[way], server, " s", most=most)
+        lazily = [ours["prepared, view, lazy"], ours["lazy, commit stored"]]
+        self.difference(f"standstill, {self.heap} MiB, lazy, commit restored - stored", *lazily)
+        way = "unprepared, --stream"
+        self.ratio(f"standstill, {self.heap} MiB, {way} / tar over TCP", ours[way], tar, " s", most=0.5)
+
+    def group_lazy(self):
+        """a real process, lazily: from the dump's confirmation to the first tick, 4 GiB against 1 GiB"""
+        criu = Criu(self)
+        large, small = [], []
+        need_memory(4 * self.heap * MIB * 4 + GIB)
+        for _ in range(self.rounds):
+            large.append(criu.relay(4 * self.heap, view="lazy")["to run"])
+            small.append(criu.relay(self.heap, view="lazy")["to run"])
+        self.ratio(f"lazy, confirmed to running, {4 * self.heap} MiB / {self.heap} MiB", large, small, " s", most=1.5)
+
+    def group_tiny(self):
+        """a real process of 8 KiB: ours, and dump and restore on tmpfs with no network at all"""
+        criu = Criu(self)
+        ours, files = [], []
+        for _ in range(self.rounds * 4 + 1):
+            ours.append(criu.relay(0)["standstill"])
+            files.append(criu.files(0))
+        self.ratio("standstill, 8 KiB / dump and restore on tmpfs", ours, files, " s", most=1.5)
 
     def group_commit(self):
         """a real process: what commit `restored` adds to the standstill of `stored`"""
@@ -588,32 +633,88 @@ class Criu:
         restore.where = run.target
         return restore
 
-    def relay(self, mib, *proxy_args):
+    def relay(self, mib, *proxy_args, view=None, prepare=None):
+        """Through our daemons. 'view': None, a --stream restore; "plain" or "lazy", one from a directory."""
         script = ["--action-script", self.bench.relay] if self.bench.scripted else []
         with Run(self.bench, tmpfs=True) as run:
-            proxy, cache = run.pair(*proxy_args)
+            args = ["--prepare", prepare] if prepare and self.bench.has["prepare"] else []
+            images = os.path.join(run.dir, "view")
+            if view:
+                run.mount(images)
+            # So that the restore may see another /proc: the PIDs of the source are taken here.
+            cache_args = ["--view", images, "--persist"] if view else []
+            proxy, cache = run.pair(*args, *proxy_args, cache_args=[*args, *cache_args])
             ticker = self.ticker(run, mib)
-            restore = self.restore(run, "--stream", *script)
-            sock = os.path.join(run.target, "streamer-serve.sock")
+            if view:
+                restore = self.restore_from(run, images, view == "lazy", *script)
+                self.wait("somebody who waits for the images", lambda: self.is_connected(images, "relay-cache.sock"))
+            else:
+                restore = self.restore(run, "--stream", *script)
 
-            def waits():
-                if restore.popen.poll() is not None:
-                    self.done(restore, run.target, "restore")
-                with open("/proc/net/unix") as table:
-                    lines = [line.split() for line in table]
-                return any(line[5] == "03" and line[7:] == [sock] for line in lines)
+                def waits():
+                    if restore.popen.poll() is not None:
+                        self.done(restore, run.target, "restore")
+                    return self.is_connected(run.target, "streamer-serve.sock")
 
-            self.wait("a restore that is connected", waits)
+                self.wait("a restore that is connected", waits)
             run.warm(int(mib * MIB * 2.25))
             self.dump(run, ticker, run.source, "--stream", *script)
             retained, stored = proxy.files(), cache.files()
             standstill = self.until_it_runs(restore, ticker)
+            times = self.times(cache)
             return {
                 "standstill": standstill,
+                "to run": max(times["ready"], times["released"]) - times["stored"] if times else None,
                 "proxy peak": proxy.memory("VmHWM") + retained,
                 "cache peak": cache.memory("VmHWM"),
                 "cache files": max(stored, cache.files()),
             }
+
+    def times(self, cache):
+        """What its line about the freeze says, in seconds."""
+        pattern = r"stored after (\d+) ms.* ready after (\d+) ms.* released after (\d+) ms|stored after (\d+) ms.* released after (\d+) ms.* ready after (\d+) ms"
+        found = []
+
+        def told():
+            with open(cache.log, errors="replace") as log:
+                found[:] = re.findall(pattern, log.read())
+            return found
+
+        if not self.bench.scripted:
+            return None
+        self.wait("the line that says where the time went", told)
+        stored, ready, released, stored2, released2, ready2 = found[-1]
+        seconds = {"stored": stored or stored2, "ready": ready or ready2, "released": released or released2}
+        return {what: int(ms) / 1000 for what, ms in seconds.items()}
+
+    @staticmethod
+    def is_connected(where, name):
+        """Whether somebody is connected to this socket."""
+        sock = os.path.join(where, name)
+        with open("/proc/net/unix") as table:
+            lines = [line.split() for line in table]
+        return any(line[5] == "03" and line[7:] == [sock] for line in lines)
+
+    def restore_from(self, run, images, lazily, *script):
+        """As soon as the dump is complete, out of its directory."""
+        where = f'-D "{images}" -W "{run.target}"'
+        lines = [f'"{self.bench.relay}" wait -D "{images}" >/dev/null']
+        if lazily:
+            lines.append(f'"{self.path}" lazy-pages {where} -v1 -o lazy.log --daemon')
+        more = " ".join(f'"{word}"' for word in script)
+        lines.append(f'exec "{self.path}" restore {where} -v1 -o restore.log {"--lazy-pages" if lazily else ""} {more}')
+        command = ["unshare", "-pf", "--mount-proc", "--kill-child", "sh", "-c", " && ".join(lines)]
+        restore = Process(run, "criu-restore", command, stdin=subprocess.DEVNULL)
+        restore.where = run.target
+        return restore
+
+    def files(self, mib):
+        """Out of files on tmpfs, on this host."""
+        with Run(self.bench, tmpfs=True) as run:
+            ticker = self.ticker(run, mib)
+            run.warm(int(mib * MIB * 2.25))
+            self.dump(run, ticker, run.target)
+            return self.until_it_runs(self.restore(run), ticker)
 
     def page_server(self, mib):
         """The pages over TCP into tmpfs, the other images by hand."""

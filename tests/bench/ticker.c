@@ -3,7 +3,7 @@
  *
  *     ticker FILE MIB
  *
- * It has MIB of touched memory, and looks at the clock each millisecond. In its first page, which is FILE
+ * It has MIB of touched memory (0: 8 KiB), and looks at the clock each millisecond. In its first page, which is FILE
  * mapped, it keeps what it has seen: how often it has looked, and the longest time between two looks.
  * Two clocks, since a restored process may have its own monotonic one: the longer time counts.
  */
@@ -37,6 +37,8 @@ int main(int argc, char **argv)
 	if (argc != 3)
 		return fputs("usage: ticker FILE MIB\n", stderr), 2;
 	length = strtoull(argv[2], NULL, 10) << 20;
+	if (!length)
+		length = 8192;
 	fd = open(argv[1], O_RDWR | O_CLOEXEC);
 	page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	heap = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
