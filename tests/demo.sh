@@ -8,9 +8,10 @@ set -euo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-mib=64
+mib=256
 started=()
 scratch=
+view=
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -31,6 +32,7 @@ cleanup() {
         kill -KILL "$pid" 2>/dev/null || true
     done
     wait 2>/dev/null || true
+    [[ -z $view ]] || rm -rf "$view"
     [[ -z $scratch ]] || rm -rf "$scratch"
     exit "$status"
 }
@@ -100,23 +102,34 @@ status=0
 tests/fetch-criu.sh || status=$?
 [[ $status == 0 ]] || exit "$status" # it has said why
 criu=$PWD/target/criu/criu
+if [[ $(stat -f -c %T /dev/shm 2>/dev/null) != tmpfs ]]; then
+    say "The images are kept on a tmpfs, and there is none at /dev/shm." >&2
+    exit 77
+fi
 scratch=$(mktemp -d)
+view=$(mktemp -d /dev/shm/criu-relay-demo-XXXXXX)
 mkdir "$scratch"/{app,source,target}
 cc -O2 -pthread -o "$scratch/migrant" tests/migrant.c
 
 # --- the destination
 
-start cache "$relay" cache -D "$scratch/target" --port 0
+start cache "$relay" cache -D "$scratch/target" --view "$view" --persist --port 0
 cache=$pid
 until_true 10 "the cache" test -s "$scratch/cache.out"
 address=$(<"$scratch/cache.out")
-say "destination: criu-relay cache listens at $address"
+say "destination: criu-relay cache listens at $address, and will show the images in $view"
 
-start restore unshare -pf --mount-proc --kill-child "$criu" restore --stream -D "$scratch/target" \
-    --action-script "$relay" -v4 -o restore.log
+# As soon as the images are there: the process runs first, and its memory is filled in from the cache's.
+cat >"$scratch/restore.sh" <<EOF
+"$relay" wait -D "$view" >/dev/null &&
+"$criu" lazy-pages -D "$view" -W "$scratch/target" -v4 -o lazy.log --daemon --pidfile lazy.pid &&
+exec "$criu" restore --lazy-pages -D "$view" -W "$scratch/target" --action-script "$relay" -v4 -o restore.log
+EOF
+start restore unshare -pf --mount-proc --kill-child bash "$scratch/restore.sh"
 restore=$pid
-until_true 10 "the restore" grep -q 'has announced itself' "$scratch/cache.log"
-say "destination: criu restore --stream waits for a process, in a PID namespace of its own"
+waits() { grep -q " 03 .* $view/relay-cache.sock\$" /proc/net/unix; }
+until_true 10 "criu-relay wait" waits
+say "destination: criu-relay wait stands for a lazy criu restore, in a PID namespace of its own"
 
 # --- the source
 
@@ -134,7 +147,6 @@ before=$counter
 say "source:      process $process runs, with $mib MiB of random memory; its counter is at $before"
 
 say "source:      criu dump --stream freezes it and hands its memory over ..."
-begin=${EPOCHREALTIME/[.,]/}
 start dump "$criu" dump --stream -D "$scratch/source" -t "$process" \
     --action-script "$relay" -v4 -o dump.log
 exit_status "$pid" "criu dump"
@@ -150,17 +162,19 @@ exit_status "$proxy" "the proxy"
 from_proxy=$status
 exit_status "$cache" "the cache"
 from_cache=$status
-took=$(((${EPOCHREALTIME/[.,]/} - begin) / 1000))
 grep -q 'confirmed and released' "$scratch/proxy.log" || fail "the proxy says nothing of a confirmation"
 [[ $from_proxy == 0 && $from_cache == 0 ]] || fail "the proxy: exit $from_proxy, the cache: exit $from_cache"
 grep -q 'the copy runs' "$scratch/cache.log" || fail "the cache says nothing of a copy that runs"
-say "destination: the copy runs; all done $took ms after the dump began"
+freeze=$(grep -o '[^] ][^]]* prepared beforehand.*' "$scratch/proxy.log") || fail "the proxy does not say where the time went"
+say "destination: the copy runs; criu lazy-pages has filled in its memory, and has ended"
+say "the freeze: $freeze"
+standstill=${freeze##*released after }
 ask
 ((counter > before)) || fail "the counter went from $before to $counter"
 ! has_ended "$restore" || fail "criu restore has ended"
-files=$(find "$scratch" -name '*.img')
-[[ -z $files ]] || fail "images on disk: $files"
-say "destination: process $process has checked its memory; its counter is at $counter; no image was ever a file"
+files=$(find "$scratch" "$view" -name '*.img')
+[[ -z $files ]] || fail "images are left: $files"
+say "destination: process $process has checked its memory; its counter is at $counter; no image was ever on a disk"
 
 say "migrated: process $process ($mib MiB) went on from counter $before on the other side, memory verified;" \
-    "proxy exit $from_proxy, cache exit $from_cache"
+    "proxy exit $from_proxy, cache exit $from_cache; it stood still for $standstill"
