@@ -280,7 +280,7 @@ pub fn run(keep: bool, input: &mut Input) {
                 }
             }
             3 => {
-                let decision = what(&sink.terminate(signal(c)));
+                let decision = what(&sink.terminate(signal(c), false));
                 if images.has_only_copy() && !(images.asked && !c) {
                     assert_eq!(decision, What::Stay, "only a second request costs the only copy");
                     images.asked |= !c;
