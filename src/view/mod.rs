@@ -94,25 +94,20 @@ impl View {
             }
             return Err(why);
         }
-        Ok(Self {
-            dir: fs::canonicalize(dir).map_err(wrong)?,
-            made,
-            persists: options.persist.is_some(),
-            names: BTreeMap::new(),
-            stayed: HashSet::new(),
-            snapshots: HashMap::new(),
-            withheld: BTreeMap::new(),
-            shows: false,
-            last: PathBuf::new(),
-        })
+        Ok(Self::at(fs::canonicalize(dir).map_err(wrong)?, made, options.persist.is_some()))
     }
 
     // One to look at, whose cache has gone: it leaves everything as it is.
     fn of_nobody(dir: &Path) -> Self {
+        Self::at(dir.into(), false, true)
+    }
+
+    // One with nothing of ours in it.
+    fn at(dir: PathBuf, made: bool, persists: bool) -> Self {
         Self {
-            dir: dir.into(),
-            made: false,
-            persists: true,
+            dir,
+            made,
+            persists,
             names: BTreeMap::new(),
             stayed: HashSet::new(),
             snapshots: HashMap::new(),
